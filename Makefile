@@ -1,0 +1,78 @@
+# Every target sets up what it needs. With VENV (default .venv) that is a virtual environment in this
+# checkout; with VENV= it is PYTHON itself, which must have torch already: nothing is downloaded or installed.
+#   make demo | test | bench | lint | gpu-test | gpu-bench [OUT=dir] [BUDGET=seconds]
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+TRITON ?= triton==3.6.0
+OUT ?= build/results
+BUDGET ?= 480
+
+SOURCES := setup.py $(shell find csrc -type f 2>/dev/null)
+MODULES := pyproject.toml $(shell find pyops triton_kernels -name '*.py' 2>/dev/null)
+
+ifneq ($(VENV),)
+  PY := $(VENV)/bin/python
+  READY := $(VENV)/.built
+  RUN := $(PY)
+else
+  PY := $(PYTHON)
+  READY := build/site/.built
+  # The build's own copy of the package, not the sources in the current directory.
+  RUN := PYTHONSAFEPATH=1 PYTHONPATH=$(CURDIR)/build/site$${PYTHONPATH:+:$$PYTHONPATH} $(PY)
+endif
+
+.PHONY: demo test bench lint format gpu-test gpu-bench build clean
+.DELETE_ON_ERROR:
+
+demo: $(READY)
+	$(RUN) -m pyops demo
+
+test: $(READY)
+	$(RUN) -m pytest -q
+
+bench: $(READY)
+	$(RUN) -m pyops bench conv_relu_pool --out $(OUT)
+
+build: $(READY)
+
+gpu-test: $(READY)
+	@mkdir -p $(OUT)
+	@$(RUN) -c "import torch; raise SystemExit(None if torch.cuda.is_available() else 'gpu-test: no CUDA GPU here')"
+	$(RUN) -m pytest -q -m gpu --junitxml=$(OUT)/gpu-test.xml
+
+gpu-bench: $(READY)
+	$(RUN) -m pyops bench conv_relu_pool --device cuda --out $(OUT) --budget $(BUDGET)
+
+lint: $(VENV)/.linters
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+	$(VENV)/bin/clang-format --dry-run -Werror $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+
+format: $(VENV)/.linters
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+	$(VENV)/bin/clang-format -i $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+
+clean:
+	rm -rf build dist .venv *.egg-info pyops/*.so
+
+$(VENV)/.packages: pyproject.toml Makefile
+	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install -q "$(TORCH)" setuptools wheel ninja pybind11 "numpy<2.4"
+	$(PY) -c "import triton" 2>/dev/null || $(PY) -m pip install -q "$(TRITON)"
+	$(PY) -m pip install -q --no-build-isolation -e ".[test]"
+	touch $@
+
+$(VENV)/.built: $(VENV)/.packages $(SOURCES)
+	$(PY) setup.py -q build_ext --inplace
+	touch $@
+
+$(VENV)/.linters: $(VENV)/.packages
+	$(PY) -m pip install -q -e ".[lint]" --no-build-isolation
+	touch $@
+
+build/site/.built: $(SOURCES) $(MODULES)
+	$(PY) setup.py -q build --build-lib build/site --build-temp build/objects
+	touch $@

@@ -1,0 +1,55 @@
+// Checks of what an op is called with. The public Python functions say the same more
+// fully; these stand between a direct call of torch.ops.pyops.* and a kernel.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <vector>
+
+namespace pyops {
+
+using torch::stable::Tensor;
+
+inline std::string shape_of(const Tensor& t) {
+  std::string text = "(";
+  for (int64_t i = 0; i < t.dim(); ++i) {
+    text += (i ? ", " : "") + std::to_string(t.size(i));
+  }
+  return text + ")";
+}
+
+inline void check_rank(const char* name, const Tensor& t, int64_t rank) {
+  STD_TORCH_CHECK(t.dim() == rank, name, ": expected ", rank, " dimensions, got shape ",
+                  shape_of(t));
+}
+
+inline void check_same(const char* name, const Tensor& t, const char* other_name,
+                       const Tensor& other) {
+  STD_TORCH_CHECK(t.scalar_type() == other.scalar_type(), name, ": expected the dtype of ",
+                  other_name);
+  STD_TORCH_CHECK(t.device() == other.device(), name, ": expected the device of ", other_name);
+}
+
+inline void check_shape(const char* name, const Tensor& t, const std::vector<int64_t>& expected) {
+  bool same = t.dim() == static_cast<int64_t>(expected.size());
+  std::string wanted = "(";
+  for (size_t i = 0; i < expected.size(); ++i) {
+    same = same && t.size(static_cast<int64_t>(i)) == expected[i];
+    wanted += (i ? ", " : "") + std::to_string(expected[i]);
+  }
+  STD_TORCH_CHECK(same, name, ": expected shape ", wanted, "), got ", shape_of(t));
+}
+
+inline void check_pair(const char* name, const std::vector<int64_t>& pair, int64_t least) {
+  STD_TORCH_CHECK(pair.size() == 2, name, ": expected two integers, got ", pair.size());
+  STD_TORCH_CHECK(
+      pair[0] >= least && pair[1] >= least && pair[0] < (1LL << 31) && pair[1] < (1LL << 31), name,
+      ": expected integers of at least ", least, " and below 2^31, got (", pair[0], ", ", pair[1],
+      ")");
+}
+
+}  // namespace pyops

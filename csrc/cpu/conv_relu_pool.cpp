@@ -1,0 +1,333 @@
+// conv_relu_pool2d on the CPU: checks, memory formats, choice of kernel, registration.
+#include "conv_relu_pool.h"
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <array>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "../checks.h"
+#include "conv_relu_pool_expand.h"
+#include "runtime.h"
+
+namespace pyops::cpu {
+namespace {
+
+using torch::headeronly::MemoryFormat;
+using torch::headeronly::ScalarType;
+using IntList = std::vector<int64_t>;
+
+DType dtype_of(const char* name, const Tensor& t) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float:
+      return DType::kFloat;
+    case ScalarType::BFloat16:
+      return DType::kBFloat16;
+    case ScalarType::Half:
+      return DType::kHalf;
+    case ScalarType::Double:
+      return DType::kDouble;
+    default:
+      STD_TORCH_CHECK(false, name, ": expected dtype float32, bfloat16, float16 or float64");
+  }
+}
+
+int64_t element_size(DType dtype) {
+  return dtype == DType::kDouble ? 8 : dtype == DType::kFloat ? 4 : 2;
+}
+
+Activation activation_of(const std::string& name) {
+  if (name == "relu") return Activation::kRelu;
+  if (name == "leaky_relu") return Activation::kLeakyRelu;
+  STD_TORCH_CHECK(name == "none", "activation: expected relu, leaky_relu or none, got ", name);
+  return Activation::kNone;
+}
+
+Pool pool_of(const std::string& name) {
+  if (name == "max") return Pool::kMax;
+  if (name == "avg") return Pool::kAvg;
+  STD_TORCH_CHECK(name == "none", "pool: expected max, avg or none, got ", name);
+  return Pool::kNone;
+}
+
+// channels_last where the channels lie innermost; contiguous for all else.
+bool lies_channels_last(const Tensor& t) {
+  return t.size(1) > 1 && t.stride(1) == 1 && !t.is_contiguous();
+}
+
+std::array<int64_t, 4> dense_strides(const std::array<int64_t, 4>& size, bool channels_last) {
+  if (channels_last) return {size[1] * size[2] * size[3], 1, size[3] * size[1], size[1]};
+  return {size[1] * size[2] * size[3], size[2] * size[3], size[3], 1};
+}
+
+Tensor empty_dense(const std::array<int64_t, 4>& size, bool channels_last, ScalarType dtype) {
+  const auto strides = dense_strides(size, channels_last);
+  const int32_t shim_dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(4, size.data(), strides.data(), shim_dtype,
+                                                         aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
+}
+
+Tensor empty_vector(int64_t size, ScalarType dtype) {
+  const int64_t stride = 1;
+  const int32_t shim_dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(1, &size, &stride, shim_dtype,
+                                                         aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
+}
+
+// The tensor itself if it already lies densely in that format, else a copy that does.
+Tensor as_dense(const Tensor& t, bool channels_last) {
+  const std::array<int64_t, 4> size = {t.size(0), t.size(1), t.size(2), t.size(3)};
+  const auto strides = dense_strides(size, channels_last);
+  bool dense = true;
+  for (int64_t i = 0; i < 4; ++i) dense = dense && (size[i] == 1 || t.stride(i) == strides[i]);
+  if (dense) return t;
+  return torch::stable::contiguous(
+      t, channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
+}
+
+int64_t conv_extent(int64_t in, int64_t pad, int64_t dilation, int64_t kernel, int64_t stride) {
+  const int64_t room = in + 2 * pad - dilation * (kernel - 1) - 1;
+  return room < 0 ? 0 : room / stride + 1;
+}
+
+int64_t pool_extent(int64_t in, int64_t window, int64_t stride, int64_t pad, bool ceil_mode) {
+  const int64_t room = in + 2 * pad - window + (ceil_mode ? stride - 1 : 0);
+  if (room < 0) return 0;
+  int64_t out = room / stride + 1;
+  if (ceil_mode && (out - 1) * stride >= in + pad) --out;  // no window may start in the far padding
+  return out;
+}
+
+// What the two ops share. Pointers are set by the caller.
+ConvReluPoolParams make_params(const Tensor& input, const Tensor& weight, const IntList& stride,
+                               const IntList& padding, const IntList& dilation, int64_t groups,
+                               const std::string& activation, double negative_slope,
+                               const std::string& pool, const IntList& pool_size,
+                               const IntList& pool_stride, const IntList& pool_padding,
+                               bool ceil_mode) {
+  check_rank("input", input, 4);
+  check_rank("weight", weight, 4);
+  check_same("weight", weight, "input", input);
+  check_pair("stride", stride, 1);
+  check_pair("padding", padding, 0);
+  check_pair("dilation", dilation, 1);
+  check_pair("pool_size", pool_size, 1);
+  check_pair("pool_stride", pool_stride, 1);
+  check_pair("pool_padding", pool_padding, 0);
+  STD_TORCH_CHECK(
+      groups >= 1 && weight.size(1) * groups == input.size(1) && weight.size(0) % groups == 0,
+      "groups: ", groups, " does not fit input ", shape_of(input), " and weight ",
+      shape_of(weight));
+  ConvReluPoolParams p{};
+  p.batch = input.size(0), p.in_channels = input.size(1);
+  p.in_h = input.size(2), p.in_w = input.size(3);
+  p.out_channels = weight.size(0), p.kernel_h = weight.size(2), p.kernel_w = weight.size(3);
+  STD_TORCH_CHECK(p.kernel_h > 0 && p.kernel_w > 0 && p.in_channels > 0 && p.out_channels > 0,
+                  "weight: expected no dimension of size 0, got ", shape_of(weight));
+  p.stride_h = stride[0], p.stride_w = stride[1];
+  p.pad_h = padding[0], p.pad_w = padding[1];
+  p.dilation_h = dilation[0], p.dilation_w = dilation[1];
+  p.groups = groups;
+  p.conv_h = conv_extent(p.in_h, p.pad_h, p.dilation_h, p.kernel_h, p.stride_h);
+  p.conv_w = conv_extent(p.in_w, p.pad_w, p.dilation_w, p.kernel_w, p.stride_w);
+  p.activation = activation_of(activation);
+  p.negative_slope = negative_slope;
+  p.pool = pool_of(pool);
+  if (p.pool == Pool::kNone) {
+    p.pool_h = p.pool_w = p.pool_stride_h = p.pool_stride_w = 1;
+    p.out_h = p.conv_h, p.out_w = p.conv_w;
+  } else {
+    p.pool_h = pool_size[0], p.pool_w = pool_size[1];
+    p.pool_stride_h = pool_stride[0], p.pool_stride_w = pool_stride[1];
+    p.pool_pad_h = pool_padding[0], p.pool_pad_w = pool_padding[1];
+    STD_TORCH_CHECK(2 * p.pool_pad_h <= p.pool_h && 2 * p.pool_pad_w <= p.pool_w,
+                    "pool_padding: expected at most half of pool_size");
+    p.out_h = pool_extent(p.conv_h, p.pool_h, p.pool_stride_h, p.pool_pad_h, ceil_mode);
+    p.out_w = pool_extent(p.conv_w, p.pool_w, p.pool_stride_w, p.pool_pad_w, ceil_mode);
+  }
+  STD_TORCH_CHECK(p.conv_h > 0 && p.conv_w > 0 && p.out_h > 0 && p.out_w > 0,
+                  "input: ", shape_of(input), " is too small for its windows");
+  p.dtype = dtype_of("input", input);
+  p.channels_last = lies_channels_last(input);
+  return p;
+}
+
+// With no pool, the output's sign tells which elements pass the gradient, so no codes are
+// stored, unless the slope makes negative values positive or zero.
+bool stores_codes(const ConvReluPoolParams& p) {
+  return p.pool != Pool::kNone ||
+         (p.activation == Activation::kLeakyRelu && !(p.negative_slope > 0));
+}
+
+// Waking another thread costs some microseconds: about what this many multiplications take.
+bool is_small(const ConvReluPoolParams& p) {
+  const int64_t products = p.batch * p.out_channels * p.conv_h * p.conv_w * p.kernel_h *
+                           p.kernel_w * (p.in_channels / p.groups);
+  return products < 200000;
+}
+
+void run_forward(const ConvReluPoolParams& p) {
+  const SingleThread scope(is_small(p));
+  if (p.dtype != DType::kDouble) {
+    if (PYOPS_ISA_SELECT(conv_relu_pool_stem)(p)) return;
+    if (PYOPS_ISA_SELECT(conv_relu_pool_winograd)(p)) return;
+    if (PYOPS_ISA_SELECT(conv_relu_pool_depthwise)(p)) return;
+    if (PYOPS_ISA_SELECT(conv_relu_pool_direct)(p)) return;
+  }
+  conv_relu_pool_generic(p);
+}
+
+std::tuple<Tensor, Tensor> forward(const Tensor& input, const Tensor& weight,
+                                   const std::optional<Tensor>& bias, IntList stride,
+                                   IntList padding, IntList dilation, int64_t groups,
+                                   std::string activation, double negative_slope, std::string pool,
+                                   IntList pool_size, IntList pool_stride, IntList pool_padding,
+                                   bool ceil_mode, bool with_codes) {
+  ConvReluPoolParams p =
+      make_params(input, weight, stride, padding, dilation, groups, activation, negative_slope,
+                  pool, pool_size, pool_stride, pool_padding, ceil_mode);
+  if (bias) {
+    check_shape("bias", *bias, {p.out_channels});
+    check_same("bias", *bias, "input", input);
+  }
+  const bool codes_wanted = with_codes && stores_codes(p);
+  STD_TORCH_CHECK(!codes_wanted || codes_fit(p), "pool_size: a window of ", p.pool_h, " x ",
+                  p.pool_w, " is too large for backend cpu when gradients are needed");
+  const std::array<int64_t, 4> size = {p.batch, p.out_channels, p.out_h, p.out_w};
+  Tensor output = empty_dense(size, p.channels_last, input.scalar_type());
+  Tensor codes = codes_wanted ? empty_dense(size, p.channels_last, ScalarType::Byte)
+                              : empty_vector(0, ScalarType::Byte);
+  if (p.batch > 0) {
+    const Tensor x = as_dense(input, p.channels_last);
+    const Tensor w = as_dense(weight, false);
+    const std::optional<Tensor> b =
+        bias ? std::optional<Tensor>(torch::stable::contiguous(*bias)) : std::nullopt;
+    p.input = x.const_data_ptr();
+    p.weight = w.const_data_ptr();
+    p.bias = b ? b->const_data_ptr() : nullptr;
+    p.output = output.mutable_data_ptr();
+    p.codes = codes_wanted ? static_cast<uint8_t*>(codes.mutable_data_ptr()) : nullptr;
+    run_forward(p);
+  }
+  return {output, codes};
+}
+
+// What the sparse kernel does not take: the gradient before the pool is written out and
+// the library differentiates the plain convolution.
+void backward_by_library(const ConvReluPoolGradParams& g, const Tensor& input, const Tensor& weight,
+                         const IntList& stride, const IntList& padding, const IntList& dilation,
+                         const std::vector<bool>& mask, const Tensor& codes_or_output,
+                         std::array<Tensor*, 3> results) {
+  const ConvReluPoolParams& p = g.p;
+  const std::array<int64_t, 4> size = {p.batch, p.out_channels, p.conv_h, p.conv_w};
+  Tensor expanded = empty_dense(size, p.channels_last, input.scalar_type());
+  const bool by_output = codes_or_output.scalar_type() == input.scalar_type();
+  expand_gradient(g, by_output ? codes_or_output.const_data_ptr() : nullptr,
+                  expanded.mutable_data_ptr());
+  const IntList bias_size = {p.out_channels}, no_padding = {0, 0};
+  const bool wanted[3] = {mask[0], mask[1], mask[2]};
+  using torch::stable::detail::from;
+  std::array<StableIValue, 11> stack{from(expanded),
+                                     from(input),
+                                     from(weight),
+                                     from(std::optional<IntList>(bias_size)),
+                                     from(stride),
+                                     from(padding),
+                                     from(dilation),
+                                     from(false),
+                                     from(no_padding),
+                                     from(p.groups),
+                                     from(torch::headeronly::HeaderOnlyArrayRef<bool>(wanted, 3))};
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      torch_call_dispatcher("aten::convolution_backward", "", stack.data(), TORCH_ABI_VERSION));
+  for (int i = 0; i < 3; ++i) {
+    Tensor result = torch::stable::detail::to<Tensor>(stack[i]);
+    if (mask[i]) *results[i] = result;
+  }
+}
+
+std::tuple<Tensor, Tensor, Tensor> backward(
+    const Tensor& grad_output, const Tensor& input, const Tensor& weight, const Tensor& codes,
+    IntList stride, IntList padding, IntList dilation, int64_t groups, std::string activation,
+    double negative_slope, std::string pool, IntList pool_size, IntList pool_stride,
+    IntList pool_padding, bool ceil_mode, std::vector<bool> output_mask) {
+  ConvReluPoolGradParams g{};
+  ConvReluPoolParams& p = g.p;
+  p = make_params(input, weight, stride, padding, dilation, groups, activation, negative_slope,
+                  pool, pool_size, pool_stride, pool_padding, ceil_mode);
+  STD_TORCH_CHECK(output_mask.size() == 3, "output_mask: expected three booleans, got ",
+                  output_mask.size());
+  STD_TORCH_CHECK(codes_fit(p), "pool_size: a window of ", p.pool_h, " x ", p.pool_w,
+                  " is too large for backend cpu when gradients are needed");
+  check_shape("grad_output", grad_output, {p.batch, p.out_channels, p.out_h, p.out_w});
+  check_same("grad_output", grad_output, "input", input);
+  Tensor selector = codes;
+  if (stores_codes(p)) {
+    check_shape("codes", codes, {p.batch, p.out_channels, p.out_h, p.out_w});
+    STD_TORCH_CHECK(codes.scalar_type() == ScalarType::Byte, "codes: expected dtype uint8");
+    selector = as_dense(codes, p.channels_last);
+    p.codes = static_cast<uint8_t*>(selector.data_ptr());
+  } else if (p.activation != Activation::kNone) {
+    check_shape("codes", codes, {p.batch, p.out_channels, p.out_h, p.out_w});
+    check_same("codes", codes, "input", input);
+    selector = as_dense(codes, p.channels_last);
+  }
+
+  const ScalarType dtype = input.scalar_type();
+  Tensor grad_input = empty_vector(0, dtype);
+  Tensor grad_weight = empty_vector(0, dtype);
+  Tensor grad_bias = empty_vector(0, dtype);
+  if (p.batch == 0) {
+    if (output_mask[0]) {
+      grad_input = empty_dense({p.batch, p.in_channels, p.in_h, p.in_w}, p.channels_last, dtype);
+    }
+    if (output_mask[1]) grad_weight = torch::stable::new_zeros(weight, weight.sizes());
+    if (output_mask[2]) grad_bias = torch::stable::new_zeros(weight, {p.out_channels});
+    return {grad_input, grad_weight, grad_bias};
+  }
+  const SingleThread scope(is_small(p));
+  const Tensor grad = as_dense(grad_output, p.channels_last);
+  const Tensor x = as_dense(input, p.channels_last);
+  const Tensor w = as_dense(weight, false);
+  g.grad_output = grad.const_data_ptr();
+  p.input = x.const_data_ptr();
+  p.weight = w.const_data_ptr();
+
+  if (p.pool == Pool::kMax && p.dtype != DType::kDouble) {
+    Tensor dx = grad_input, dw = grad_weight, db = grad_bias;
+    if (output_mask[0]) {
+      dx = empty_dense({p.batch, p.in_channels, p.in_h, p.in_w}, p.channels_last, dtype);
+      g.grad_input = dx.mutable_data_ptr();
+    }
+    if (output_mask[1]) {
+      dw = empty_dense({p.out_channels, weight.size(1), p.kernel_h, p.kernel_w}, false, dtype);
+      g.grad_weight = dw.mutable_data_ptr();
+    }
+    if (output_mask[2]) {
+      db = empty_vector(p.out_channels, dtype);
+      g.grad_bias = db.mutable_data_ptr();
+    }
+    if (PYOPS_ISA_SELECT(conv_relu_pool_backward_sparse)(g)) return {dx, dw, db};
+    g.grad_input = g.grad_weight = g.grad_bias = nullptr;
+  }
+  backward_by_library(g, x, w, stride, padding, dilation, output_mask, selector,
+                      {&grad_input, &grad_weight, &grad_bias});
+  if (output_mask[0]) grad_input = as_dense(grad_input, p.channels_last);
+  if (output_mask[1]) grad_weight = as_dense(grad_weight, false);
+  return {grad_input, grad_weight, grad_bias};
+}
+
+}  // namespace
+}  // namespace pyops::cpu
+
+STABLE_TORCH_LIBRARY_IMPL(pyops, CPU, m) {
+  m.impl("conv_relu_pool2d", TORCH_BOX(&pyops::cpu::forward));
+  m.impl("conv_relu_pool2d_backward", TORCH_BOX(&pyops::cpu::backward));
+}

@@ -1,0 +1,73 @@
+// Interface between the op conv_relu_pool2d and its CPU kernels. Free of torch.
+#pragma once
+
+#include <cstdint>
+
+#include "isa.h"
+
+namespace pyops::cpu {
+
+enum class DType : int { kFloat, kBFloat16, kHalf, kDouble };
+enum class Activation : int { kNone, kRelu, kLeakyRelu };
+enum class Pool : int { kNone, kMax, kAvg };
+
+// output = pool(activation(conv(input, weight) + bias)).
+// All tensors are dense; `channels_last` says how input and output (and codes, grads) lie:
+// false (batch, channels, h, w), true (batch, h, w, channels). The weight is always
+// (out_channels, in_channels / groups, kernel_h, kernel_w).
+struct ConvReluPoolParams {
+  int64_t batch, in_channels, in_h, in_w;
+  int64_t out_channels, kernel_h, kernel_w;
+  int64_t stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, groups;
+  int64_t conv_h, conv_w;  // extent of the convolution's own output
+  Activation activation;
+  double negative_slope;
+  Pool pool;  // kNone: pool_* are 1, 1, 0 and out == conv
+  int64_t pool_h, pool_w, pool_stride_h, pool_stride_w, pool_pad_h, pool_pad_w;
+  int64_t out_h, out_w;
+  DType dtype;
+  bool channels_last;
+
+  const void* input;   // (batch, in_channels, in_h, in_w)
+  const void* weight;  // (out_channels, in_channels / groups, kernel_h, kernel_w)
+  const void* bias;    // (out_channels,) or null
+  void* output;        // (batch, out_channels, out_h, out_w)
+  // One byte per output element, in output's layout, or null when no gradient is needed.
+  //   max: bits 0-6 the winner's place in its window, (y * pool_w + x) counted from the
+  //        unclipped window's corner; bit 7 set if the winner's pre-activation passes the
+  //        gradient whole (relu: not (value <= 0), leaky_relu: value > 0, none: always)
+  //   avg: bit (y * pool_w + x) set where that element passes the gradient whole
+  //   none: bit 0 likewise
+  uint8_t* codes;
+};
+
+struct ConvReluPoolGradParams {
+  ConvReluPoolParams p;     // p.output and p.bias are not read; p.codes is
+  const void* grad_output;  // in output's layout
+  void* grad_input;         // in input's layout, or null if not asked for
+  void* grad_weight;        // contiguous, or null
+  void* grad_bias;          // (out_channels,), or null
+};
+
+// Each returns false, having written nothing, if it does not take these parameters
+// (shape, dtype) or would be slower than the next one in the order below.
+// 3x3, stride 1, dilation 1, groups 1, 2x2 pool with stride 2 and no padding:
+PYOPS_ISA_KERNEL(bool, conv_relu_pool_stem, (const ConvReluPoolParams&))      // few input channels
+PYOPS_ISA_KERNEL(bool, conv_relu_pool_winograd, (const ConvReluPoolParams&))  // many
+// Any geometry:
+PYOPS_ISA_KERNEL(bool, conv_relu_pool_depthwise, (const ConvReluPoolParams&))
+PYOPS_ISA_KERNEL(bool, conv_relu_pool_direct, (const ConvReluPoolParams&))
+// Plain loops, every dtype and geometry, accumulates in double for double and float else.
+void conv_relu_pool_generic(const ConvReluPoolParams&);
+
+// Max pooling, using that only each window's winner carries gradient.
+PYOPS_ISA_KERNEL(bool, conv_relu_pool_backward_sparse, (const ConvReluPoolGradParams&))
+
+// Whether codes can describe this window (max: at most 128 places, avg: 8). Else the
+// Python side takes the reference when gradients are needed.
+inline bool codes_fit(const ConvReluPoolParams& p) {
+  const int64_t places = p.pool_h * p.pool_w;
+  return p.pool == Pool::kNone || (p.pool == Pool::kMax ? places <= 128 : places <= 8);
+}
+
+}  // namespace pyops::cpu

@@ -1,0 +1,13 @@
+// The gradient before the pool, written out. Free of torch.
+#pragma once
+
+#include "conv_relu_pool.h"
+
+namespace pyops::cpu {
+
+// expanded (batch, out_channels, conv_h, conv_w), in output's layout: d loss / d (conv + bias).
+// output_sign: the op's output, read instead of codes where its sign tells which elements
+// pass the gradient (no pool); else null.
+void expand_gradient(const ConvReluPoolGradParams& g, const void* output_sign, void* expanded);
+
+}  // namespace pyops::cpu

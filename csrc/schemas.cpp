@@ -1,0 +1,17 @@
+// Every op's schema: the table of contents of the native libraries.
+// Kernels register themselves beside their code: csrc/cpu/<op>.cpp, csrc/cuda/<op>.cu.
+#include <torch/csrc/stable/library.h>
+
+#define PYOPS_CONV_GEOMETRY                                                            \
+  "int[2] stride, int[2] padding, int[2] dilation, int groups, str activation, float " \
+  "negative_slope, "                                                                   \
+  "str pool, int[2] pool_size, int[2] pool_stride, int[2] pool_padding, bool ceil_mode"
+
+STABLE_TORCH_LIBRARY(pyops, m) {
+  m.def("conv_relu_pool2d(Tensor input, Tensor weight, Tensor? bias, " PYOPS_CONV_GEOMETRY
+        ", bool with_codes) -> (Tensor output, Tensor codes)");
+  m.def(
+      "conv_relu_pool2d_backward(Tensor grad_output, Tensor input, Tensor weight, Tensor "
+      "codes, " PYOPS_CONV_GEOMETRY
+      ", bool[3] output_mask) -> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias)");
+}

@@ -1,0 +1,10 @@
+"""How `pyops.optimize` finds patterns in models and puts guarded fused calls in their place.
+
+report.py      what was done, as the user sees it
+guard.py       what makes it safe to bypass a module's own call
+conv_pool.py   the pattern conv → activation → pool: recognition, and the guarded call
+source.py      from a function to its verified syntax tree and back
+resolve.py     what the names in a forward stand for
+chains.py      finds chains of calls in a syntax tree and rewrites each into one call
+sequential.py  the same for the contents of an nn.Sequential
+"""

@@ -1,0 +1,1 @@
+"""Benchmarks: what `python -m pyops bench` and the files in benchmarks/ share."""

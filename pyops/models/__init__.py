@@ -1,0 +1,25 @@
+"""Reference models in plain torch.nn, with the standard parameter names."""
+
+from pyops.models.cnn import (
+    VGG,
+    AlexNet,
+    ResNet,
+    SmallCNN,
+    resnet18,
+    resnet50,
+    small_cnn,
+    vgg11,
+    vgg16,
+)
+
+__all__ = [
+    "VGG",
+    "AlexNet",
+    "ResNet",
+    "SmallCNN",
+    "resnet18",
+    "resnet50",
+    "small_cnn",
+    "vgg11",
+    "vgg16",
+]

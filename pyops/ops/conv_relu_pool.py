@@ -1,0 +1,342 @@
+"""conv_relu_pool2d: convolution, bias, activation and pooling in one pass.
+
+The public function checks its arguments, takes a backend and calls that backend's op. The fake, autograd,
+autocast and vmap rules, the same for all backends, are in conv_relu_pool_rules.py.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch._C._functorch import TransformType, get_interpreter_stack
+
+from .. import backends
+from ..reference import conv_relu_pool as reference
+from ..reference.conv_relu_pool import ConvPoolSpec, codes_fit, conv_extents, pool_extents
+from . import _arguments as arguments
+from . import _registration as registration
+
+_OP = "conv_relu_pool2d"
+
+
+def conv_relu_pool2d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    stride: int | tuple[int, int] = 1,
+    padding: int | tuple[int, int] | str = 0,
+    dilation: int | tuple[int, int] = 1,
+    groups: int = 1,
+    activation: str | None = "relu",
+    negative_slope: float = 0.01,
+    pool: str | None = "max",
+    pool_size: int | tuple[int, int] = 2,
+    pool_stride: int | tuple[int, int] | None = None,
+    pool_padding: int | tuple[int, int] = 0,
+    ceil_mode: bool = False,
+    backend: str | None = None,
+) -> Tensor:
+    """``pool(activation(conv2d(input, weight, bias)))`` in one pass, with torch's own semantics.
+
+    Nothing between the convolution and the pool is written to memory, and what is saved for backward is the
+    input and one byte per output element.
+
+    Args:
+        input: (N, C, H, W) or (C, H, W); float32, bfloat16, float16 or float64. contiguous or
+            channels_last; other strides are copied first.
+        weight: (K, C / groups, kernel_h, kernel_w), dtype and device of ``input``.
+        bias: (K,) or None.
+        stride, padding, dilation: pixels, as in :func:`torch.nn.functional.conv2d`; padding may be
+            ``"valid"`` or, with stride 1, ``"same"``.
+        groups: divides C and K.
+        activation: ``"relu"``, ``"leaky_relu"`` or None.
+        negative_slope: factor for negative values of leaky_relu.
+        pool: ``"max"``, ``"avg"`` (padding counts, as torch's default) or None.
+        pool_size, pool_stride, pool_padding: pixels; ``pool_stride=None`` means ``pool_size``;
+            the padding is at most half of the size.
+        ceil_mode: round the pooled extent up instead of down.
+        backend: None takes the fastest one proven for these arguments on this device and falls back
+            to ``"reference"``; ``"reference"``, ``"cpu"``, ``"triton"`` or ``"cuda"`` never fall back.
+
+    Returns:
+        (N, K, out_h, out_w) or (K, out_h, out_w), in ``input``'s dtype and memory format. Differentiable to
+        any order in input, weight and bias.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what came.
+        RuntimeError: an explicit ``backend`` does not exist here or does not take these arguments.
+
+    Source: max pooling's gradient by stored winners follows Zeiler and Fergus, "Visualizing and Understanding
+    Convolutional Networks", 2014 (switches); the fast CPU path is Winograd's minimal filtering (Lavin
+    and Gray, 2016).
+    """
+    if bias is None:
+        _check_tensors(input, weight)
+    else:
+        _check_tensors(input, weight, bias)
+    if torch.is_autocast_enabled(input.device.type):
+        dtype = torch.get_autocast_dtype(input.device.type)
+        input, weight = (
+            registration.autocast_to(dtype, input),
+            registration.autocast_to(dtype, weight),
+        )
+        bias = None if bias is None else registration.autocast_to(dtype, bias)
+    options = (
+        *(stride, padding, dilation, groups, activation, negative_slope),
+        *(pool, pool_size, pool_stride, pool_padding, ceil_mode),
+    )
+    bias_shape = None if bias is None else bias.shape
+    needs_grad = torch.is_grad_enabled() and (
+        input.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
+    )
+    compiling = torch.compiler.is_compiling()
+    make = _plan if compiling else _cached_plan
+    try:
+        plan = make(
+            *(input.shape, weight.shape, bias_shape, input.dtype, input.device),
+            *(options, backend, needs_grad),
+        )
+    except TypeError as error:  # symbolic sizes and lists cannot be cached
+        if "unhashable" not in str(error):
+            raise
+        plan = _plan(
+            *(input.shape, weight.shape, bias_shape, input.dtype, input.device),
+            *(options, backend, needs_grad),
+        )
+    if plan.extra_padding is not None:
+        input = F.pad(input, plan.extra_padding)
+    use, spec = plan.backend, plan.spec
+    if not compiling and use != "reference" and _needs_plain_torch():
+        if backend is not None:
+            raise RuntimeError(
+                f"backend: {backend} has no forward-mode or torch.func derivatives; use backend=None"
+            )
+        use = "reference"
+    if use == "reference":
+        return reference.conv_relu_pool2d(input, weight, bias, spec)
+    batched = input if input.dim() == 4 else input.unsqueeze(0)
+    op = _operator(use)
+    if needs_grad or compiling or get_interpreter_stack() is not None:
+        output, _ = op(batched, weight, bias, *spec, needs_grad)
+    else:  # past torch's Python autograd wrapper, which would only find nothing to do
+        with torch._C._AutoDispatchBelowAutograd():
+            output, _ = op(batched, weight, bias, *spec, False)
+    return output if input.dim() == 4 else output.squeeze(0)
+
+
+def _check_tensors(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> None:
+    arguments.floating_tensor("input", input)
+    arguments.floating_tensor("weight", weight)
+    if bias is not None:
+        arguments.floating_tensor("bias", bias)
+    if torch.is_autocast_enabled(input.device.type):
+        return  # dtypes are made equal below; devices are the op's to check
+    arguments.like("weight", weight, "input", input)
+    if bias is not None:
+        arguments.like("bias", bias, "input", input)
+
+
+def _needs_plain_torch() -> bool:
+    """Inside jvp, grad, ... of torch.func or forward-mode AD only plain torch has the derivatives."""
+    if torch.autograd.forward_ad._current_level >= 0:
+        return True
+    stack = get_interpreter_stack()
+    return stack is not None and any(i.key() != TransformType.Vmap for i in stack)
+
+
+class _Plan(NamedTuple):
+    backend: str
+    spec: ConvPoolSpec
+    extra_padding: tuple[int, int, int, int] | None  # F.pad before the op, for an uneven "same"
+
+
+def _plan(
+    input_shape: torch.Size,
+    weight_shape: torch.Size,
+    bias_shape: torch.Size | None,
+    dtype: torch.dtype,
+    device: torch.device,
+    options: tuple[Any, ...],
+    backend: str | None,
+    needs_grad: bool,
+) -> _Plan:
+    """Check and normalise everything that does not depend on the tensors' contents."""
+    if len(input_shape) not in (3, 4):
+        raise ValueError(
+            f"input: expected 3 or 4 dimensions, (C, H, W) or (N, C, H, W), got {tuple(input_shape)}"
+        )
+    if len(weight_shape) != 4:
+        raise ValueError(
+            f"weight: expected 4 dimensions (K, C / groups, kernel_h, kernel_w), got {tuple(weight_shape)}"
+        )
+    for name, sizes in (("input", input_shape[-3:]), ("weight", weight_shape)):
+        if any(size == 0 for size in sizes):
+            raise ValueError(f"{name}: expected no size 0 (but for the batch), got {tuple(sizes)}")
+    spec, extra = _spec(input_shape, weight_shape, *options)
+    if bias_shape is not None and tuple(bias_shape) != (weight_shape[0],):
+        raise ValueError(f"bias: expected shape ({weight_shape[0]},), got {tuple(bias_shape)}")
+    if extra is not None:
+        height, width = input_shape[-2] + extra[3], input_shape[-1] + extra[1]
+        input_shape = torch.Size((*input_shape[:-2], height, width))
+    _check_extents(input_shape, weight_shape, spec)
+    return _Plan(
+        _choose(input_shape, weight_shape, dtype, device, spec, backend, needs_grad), spec, extra
+    )
+
+
+_cached_plan = functools.lru_cache(maxsize=4096)(_plan)
+
+
+def _spec(
+    input_shape: torch.Size,
+    weight_shape: torch.Size,
+    stride: Any,
+    padding: Any,
+    dilation: Any,
+    groups: Any,
+    activation: Any,
+    negative_slope: Any,
+    pool: Any,
+    pool_size: Any,
+    pool_stride: Any,
+    pool_padding: Any,
+    ceil_mode: Any,
+) -> tuple[ConvPoolSpec, tuple[int, int, int, int] | None]:
+    stride = arguments.pair("stride", stride, 1)
+    dilation = arguments.pair("dilation", dilation, 1)
+    if not isinstance(groups, int) or isinstance(groups, bool):
+        raise TypeError(f"groups: expected an int, got {groups!r}")
+    channels, out_channels = input_shape[-3], weight_shape[0]
+    if groups < 1 or channels % groups or out_channels % groups:
+        raise ValueError(
+            f"groups: expected a divisor of the input's {channels} and the weight's {out_channels} channels, "
+            f"got {groups}"
+        )
+    if weight_shape[1] * groups != channels:
+        raise ValueError(
+            f"weight: expected {channels // groups} input channels a group (input {tuple(input_shape)}, "
+            f"groups {groups}), got {tuple(weight_shape)}"
+        )
+    padding, extra = _padding(padding, weight_shape, stride, dilation)
+    arguments.one_of("activation", activation, ("relu", "leaky_relu", None))
+    if not isinstance(negative_slope, (int, float)) or isinstance(negative_slope, bool):
+        raise TypeError(f"negative_slope: expected a number, got {negative_slope!r}")
+    arguments.one_of("pool", pool, ("max", "avg", None))
+    if not isinstance(ceil_mode, bool):
+        raise TypeError(f"ceil_mode: expected a bool, got {ceil_mode!r}")
+    pool_size = arguments.pair("pool_size", pool_size, 1)
+    pool_stride = (
+        pool_size if pool_stride is None else arguments.pair("pool_stride", pool_stride, 1)
+    )
+    pool_padding = arguments.pair("pool_padding", pool_padding, 0)
+    if 2 * pool_padding[0] > pool_size[0] or 2 * pool_padding[1] > pool_size[1]:
+        raise ValueError(
+            f"pool_padding: expected at most half of pool_size {pool_size}, got {pool_padding}"
+        )
+    if pool is None:
+        pool_size, pool_stride, pool_padding, ceil_mode = (1, 1), (1, 1), (0, 0), False
+    spec = ConvPoolSpec(
+        *(stride, padding, dilation, groups, activation or "none", float(negative_slope)),
+        *(pool or "none", pool_size, pool_stride, pool_padding, ceil_mode),
+    )
+    return spec, extra
+
+
+def _padding(
+    padding: Any, weight_shape: torch.Size, stride: tuple[int, int], dilation: tuple[int, int]
+) -> tuple[tuple[int, int], tuple[int, int, int, int] | None]:
+    if not isinstance(padding, str):
+        return arguments.pair("padding", padding, 0), None
+    arguments.one_of("padding", padding, ("same", "valid"))
+    if padding == "valid":
+        return (0, 0), None
+    if stride != (1, 1):
+        raise ValueError(f"padding: 'same' needs stride 1, got stride {stride}")
+    total_h = dilation[0] * (weight_shape[2] - 1)
+    total_w = dilation[1] * (weight_shape[3] - 1)
+    # torch puts the odd pixel at the right and the bottom.
+    extra = (0, total_w % 2, 0, total_h % 2)
+    return (total_h // 2, total_w // 2), (extra if any(extra) else None)
+
+
+def _check_extents(input_shape: torch.Size, weight_shape: torch.Size, spec: ConvPoolSpec) -> None:
+    conv_size = conv_extents(input_shape, weight_shape, spec)
+    if min(conv_size) < 1:
+        raise ValueError(
+            f"input: {tuple(input_shape)} with padding {spec.padding} is smaller than the kernel "
+            f"{tuple(weight_shape[2:])} with dilation {spec.dilation}"
+        )
+    if min(pool_extents(conv_size, spec)) < 1:
+        raise ValueError(
+            f"pool_size: expected a window within the convolution's output {conv_size} with padding "
+            f"{spec.pool_padding}, got {spec.pool_size}"
+        )
+
+
+def _choose(
+    input_shape: torch.Size,
+    weight_shape: torch.Size,
+    dtype: torch.dtype,
+    device: torch.device,
+    spec: ConvPoolSpec,
+    backend: str | None,
+    needs_grad: bool,
+) -> str:
+    if backend is not None:
+        arguments.one_of("backend", backend, backends.NAMES)
+        reason = backends.why_not(_OP, backend, device.type) or _refusal(
+            backend, input_shape, weight_shape, dtype, spec, needs_grad
+        )
+        if reason is not None:
+            raise RuntimeError(f"backend: {backend} cannot take this call: {reason}")
+        return backend
+    order, _ = backends.automatic(_OP, device)
+    for name in order:
+        if name == "reference":
+            break
+        if dtype == torch.float64 or input_shape[0] == 0:
+            continue
+        if _refusal(name, input_shape, weight_shape, dtype, spec, needs_grad) is None:
+            return name
+    return "reference"
+
+
+def _refusal(
+    backend: str,
+    input_shape: torch.Size,
+    weight_shape: torch.Size,
+    dtype: torch.dtype,
+    spec: ConvPoolSpec,
+    needs_grad: bool,
+) -> str | None:
+    """Why `backend` cannot take this call at all, or None."""
+    if backend == "reference":
+        return None
+    if needs_grad and not codes_fit(spec):
+        most = 128 if spec.pool == "max" else 8
+        return (
+            f"with gradients, {spec.pool} pooling takes windows of at most {most} places, "
+            f"got {spec.pool_size}"
+        )
+    if backend == "triton":
+        from ..triton_kernels import conv_relu_pool as kernels
+
+        shape = input_shape if len(input_shape) == 4 else (1, *input_shape)
+        return kernels.supports(
+            torch.empty(shape, dtype=dtype, device="meta"),
+            torch.empty(weight_shape, dtype=dtype, device="meta"),
+            **{name: value for name, value in spec._asdict().items() if name != "negative_slope"},
+        )
+    return None
+
+
+@functools.cache
+def _operator(backend: str) -> Any:
+    if backend == "triton":
+        return torch.ops.pyops.conv_relu_pool2d_triton.default
+    return torch.ops.pyops.conv_relu_pool2d.default

@@ -1,0 +1,194 @@
+"""What torch needs to know of conv_relu_pool2d: fake, autograd to any order, autocast and vmap rules.
+
+One set of rules, registered for every backend's pair of ops (forward and backward).
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn import grad as nn_grad
+
+from ..reference.conv_relu_pool import (
+    ConvPoolSpec,
+    Expansion,
+    conv_extents,
+    pool_extents,
+    stores_codes,
+)
+from . import _registration as registration
+
+_OP = "conv_relu_pool2d"
+
+
+def lies_channels_last(tensor: Tensor) -> bool:
+    """The op's rule for the format of its results; csrc/cpu/conv_relu_pool.cpp has the same."""
+    return tensor.shape[1] > 1 and tensor.stride(1) == 1 and not tensor.is_contiguous()
+
+
+def _empty_dense(
+    like: Tensor, shape: tuple[Any, ...], channels_last: bool, dtype: torch.dtype
+) -> Tensor:
+    n, c, h, w = shape
+    strides = (c * h * w, 1, w * c, c) if channels_last else (c * h * w, h * w, w, 1)
+    return like.new_empty_strided(shape, strides, dtype=dtype)
+
+
+def _fake_forward(
+    input: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any
+) -> tuple[Tensor, Tensor]:
+    spec, with_codes = ConvPoolSpec(*rest[:-1]), rest[-1]
+    out_size = pool_extents(conv_extents(input.shape, weight.shape, spec), spec)
+    shape = (input.shape[0], weight.shape[0], *out_size)
+    channels_last = lies_channels_last(input)
+    output = _empty_dense(input, shape, channels_last, input.dtype)
+    if with_codes and stores_codes(spec):
+        return output, _empty_dense(input, shape, channels_last, torch.uint8)
+    return output, input.new_empty((0,), dtype=torch.uint8)
+
+
+def _fake_backward(
+    grad_output: Tensor, input: Tensor, weight: Tensor, codes: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    mask = rest[-1]
+    nothing = (0,)
+    return (
+        _empty_dense(input, tuple(input.shape), lies_channels_last(input), input.dtype)
+        if mask[0]
+        else input.new_empty(nothing),
+        weight.new_empty(weight.shape) if mask[1] else weight.new_empty(nothing),
+        weight.new_empty((weight.shape[0],)) if mask[2] else weight.new_empty(nothing),
+    )
+
+
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    input, weight, _, *rest = inputs
+    spec, with_codes = ConvPoolSpec(*rest[:-1]), rest[-1]
+    if not with_codes:
+        raise RuntimeError("with_codes: must be True where gradients are needed")
+    by_output = not stores_codes(spec) and spec.activation != "none"
+    ctx.save_for_backward(input, weight, output[0] if by_output else output[1])
+    ctx.spec = spec
+
+
+def _backward_of(backward_op: Any) -> Any:
+    def backward(ctx: Any, grad_output: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+        mask = list(ctx.needs_input_grad[:3])
+        if grad_output is None or not any(mask):
+            return (None,) * (4 + len(ctx.spec))
+        grads = backward_op(grad_output, *ctx.saved_tensors, *ctx.spec, mask)
+        wanted = (grad if asked else None for grad, asked in zip(grads, mask, strict=True))
+        return (*wanted, *(None,) * (len(ctx.spec) + 1))
+
+    return backward
+
+
+def _save_for_double_backward(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    grad_output, input, weight, selector, *rest = inputs
+    ctx.save_for_backward(grad_output, input, weight, selector)
+    ctx.spec, ctx.mask = ConvPoolSpec(*rest[:-1]), rest[-1]
+
+
+def _double_backward(
+    ctx: Any, grad_dx: Tensor, grad_dw: Tensor, grad_db: Tensor
+) -> tuple[Tensor | None, ...]:
+    """Plain torch throughout, so that it is differentiable in turn.
+
+    With E the (linear) expansion of grad_output, dx = convT(E, w), dw = corr(x, E), db = sum(E); their inner
+    product with the incoming gradients is <E, conv(grad_dx, w) + conv(x, grad_dw) + grad_db>.
+    """
+    grad_output, input, weight, selector = ctx.saved_tensors
+    spec, mask = ctx.spec, ctx.mask
+    geometry = (spec.stride, spec.padding, spec.dilation, spec.groups)
+    expansion = Expansion(selector, spec, conv_extents(input.shape, weight.shape, spec))
+    for_grad = for_input = for_weight = None
+    if ctx.needs_input_grad[0]:
+        before = []
+        if mask[0]:
+            before.append(F.conv2d(grad_dx, weight, None, *geometry))
+        if mask[1]:
+            before.append(F.conv2d(input, grad_dw, None, *geometry))
+        total = functools.reduce(torch.add, before) if before else None
+        if mask[2]:
+            spread = grad_db.view(1, -1, 1, 1)
+            size = (*grad_output.shape[:2], *expansion.conv_size)
+            total = spread.expand(size) if total is None else total + spread
+        for_grad = None if total is None else expansion.reduce(total)
+    expanded = expansion.expand(grad_output)
+    if ctx.needs_input_grad[1] and mask[1]:
+        for_input = nn_grad.conv2d_input(input.shape, grad_dw, expanded, *geometry)
+    if ctx.needs_input_grad[2] and mask[0]:
+        for_weight = nn_grad.conv2d_weight(grad_dx, weight.shape, expanded, *geometry)
+    return (for_grad, for_input, for_weight, None, *(None,) * (len(spec) + 1))
+
+
+def _vmap_of(op: Any, tensors: int) -> Any:
+    """Fold a batch over the images into the batch of the op; for anything else, one call a sample."""
+
+    def rule(
+        info: Any, in_dims: tuple[Any, ...], *args: Any
+    ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+        dims, fixed = in_dims[:tensors], args[tensors:]
+        samples = [
+            None if t is None else t.unsqueeze(0).expand(info.batch_size, *t.shape) if d is None
+            else t.movedim(d, 0)
+            for t, d in zip(args[:tensors], dims, strict=True)
+        ]  # fmt: skip
+        if tensors == 3 and dims[1] is None and dims[2] is None:
+            images = samples[0].flatten(0, 1)  # type: ignore[union-attr]  # the input is no None
+            results = op(images, *args[1:tensors], *fixed)
+            results = tuple(
+                r.unflatten(0, (info.batch_size, -1)) if r.dim() == 4
+                else r.expand(info.batch_size, *r.shape)
+                for r in results
+            )  # fmt: skip
+        else:
+            each = [
+                op(*(None if s is None else s[i] for s in samples), *fixed)
+                for i in range(info.batch_size)
+            ]
+            results = tuple(torch.stack(column) for column in zip(*each, strict=True))
+        return results, (0,) * len(results)
+
+    return rule
+
+
+def _register(op: str) -> None:
+    forward, backward = f"pyops::{op}", f"pyops::{op}_backward"
+    forward_op = getattr(torch.ops.pyops, op).default
+    backward_op = getattr(torch.ops.pyops, f"{op}_backward").default
+    torch.library.register_fake(forward, _fake_forward)
+    torch.library.register_fake(backward, _fake_backward)
+    torch.library.register_autograd(
+        forward, _backward_of(backward_op), setup_context=_save_for_backward
+    )
+    torch.library.register_autograd(
+        backward, _double_backward, setup_context=_save_for_double_backward
+    )
+    torch.library.register_vmap(forward, _vmap_of(forward_op, 3))
+    torch.library.register_vmap(backward, _vmap_of(backward_op, 4))
+    registration.register_autocast(op, 3)
+
+
+def _triton_forward(*args: Any) -> Any:
+    from ..triton_kernels import conv_relu_pool as kernels
+
+    return kernels.forward(*args)
+
+
+def _triton_backward(*args: Any) -> Any:
+    from ..triton_kernels import conv_relu_pool as kernels
+
+    return kernels.backward(*args)
+
+
+def register() -> None:
+    """Register the rules, and Triton's pair of ops. Called once, where _cpu.so brought the schemas."""
+    registration.define_like(f"{_OP}_triton", _OP, _triton_forward)
+    registration.define_like(f"{_OP}_triton_backward", f"{_OP}_backward", _triton_backward)
+    for op in (_OP, f"{_OP}_triton"):
+        _register(op)

@@ -1,0 +1,142 @@
+"""Swap the fused ops into any model, in place, and take them out again."""
+
+import contextlib
+import inspect
+from collections.abc import Callable, Iterator
+from types import MethodType
+
+from torch import nn
+
+from pyops import backends
+from pyops._swap import chains, conv_pool, sequential
+from pyops._swap.report import Entry, Report, Run
+from pyops._swap.resolve import is_torchs_own
+from pyops._swap.source import SourceUnavailable
+
+__all__ = ["Entry", "Report", "optimize", "optimized", "restore"]
+
+# On a function that stands in for a method: says that it is ours.
+_MARK = "_pyops_stand_in"
+
+
+def optimize(model: nn.Module, *, backend: str | None = None) -> Report:
+    """Run convolution → ReLU → pool as one fused op wherever it occurs in `model`, in place.
+
+    Found are modules and functions (nn.Conv2d, nn.ReLU, F.max_pool2d, x.relu() ...) in the forward
+    of every submodule, in the methods it calls, and in nn.Sequential. The parameters, the
+    state_dict, the type of every module and what a forward computes stay the same. Every call looks
+    whether the op may still stand in (no hooks, no parametrization, a floating-point image of three
+    or four dimensions) and runs the calls as they were written otherwise.
+
+    A copy.deepcopy is optimised as well; a pickled model comes back plain. A copy.copy runs the
+    forward of the model that it was copied from: restore first.
+
+    Args:
+        model: any module. It may have been optimised before; the result is then as if it had not.
+        backend: the backend for every fused op, as for `pyops.conv_relu_pool2d`; None picks.
+
+    Returns:
+        Which places were replaced, and which were skipped and why. Print it.
+
+    Raises:
+        TypeError: `model` is not an nn.Module, or `backend` neither None nor a string.
+        ValueError: unknown backend.
+    """
+    _check_module(model)
+    if backend is not None and not isinstance(backend, str):
+        raise TypeError(f"backend: expected None or a string, got {type(backend).__name__}")
+    if backend is not None and backend not in backends.NAMES:
+        raise ValueError(f"backend: expected None or one of {backends.NAMES}, got {backend!r}")
+    names = {id(module): name for name, module in model.named_modules()}
+    run = Run(names, conv_pool, backend, Report())
+    for module in model.modules():
+        _restore_module(module)
+        if "forward" in module.__dict__:
+            if any(map(conv_pool.starts, module.children())):
+                run.skipped(run.place(module, "forward"), ["forward"], "set on this instance")
+            continue
+        for method, function in _stand_ins(module, run).items():
+            setattr(function, _MARK, True)
+            # Pickle stores a bound method as its name and finds the class's own by it on loading.
+            function.__name__ = method
+            setattr(module, method, MethodType(function, module))
+    return run.report
+
+
+def restore(model: nn.Module) -> None:
+    """Undo `optimize`: every module is again as it was.
+
+    Raises:
+        TypeError: `model` is not an nn.Module.
+    """
+    _check_module(model)
+    for module in model.modules():
+        _restore_module(module)
+
+
+@contextlib.contextmanager
+def optimized(model: nn.Module, *, backend: str | None = None) -> Iterator[Report]:
+    """`optimize` for the duration of a with block; yields the report.
+
+    Afterwards the model is as it was before, optimised if it was.
+    """
+    _check_module(model)
+    before = [(module, _own_stand_ins(module)) for module in model.modules()]
+    try:
+        yield optimize(model, backend=backend)
+    finally:
+        restore(model)
+        for module, stand_ins in before:
+            module.__dict__.update(stand_ins)
+
+
+def _stand_ins(module: nn.Module, run: Run) -> dict[str, Callable]:
+    """New functions for methods of `module`, by name."""
+    if sequential.runs_in_order(module):
+        forward = sequential.rewrite(module, run)
+        return {} if forward is None else {"forward": forward}
+    if is_torchs_own(type(module).forward):
+        return {}
+    found: dict[str, Callable] = {}
+    waiting, seen = ["forward"], set()
+    while waiting:
+        method = waiting.pop()
+        if method in seen or method in module.__dict__:
+            continue
+        seen.add(method)
+        try:
+            function, called = chains.rewrite(module, method, run)
+        except SourceUnavailable as error:
+            if any(map(conv_pool.starts, module.modules())):
+                run.skipped(run.place(module, method), [method], str(error))
+            continue
+        if function is not None:
+            found[method] = function
+        waiting += sorted(called)
+    return found
+
+
+def _own_stand_ins(module: nn.Module) -> dict[str, MethodType]:
+    return {
+        name: value
+        for name, value in module.__dict__.items()
+        if isinstance(value, MethodType) and hasattr(value.__func__, _MARK)
+    }
+
+
+def _restore_module(module: nn.Module) -> None:
+    """Drop our methods, and the class's own that unpickling leaves in their place."""
+    left_over = [
+        name
+        for name, value in module.__dict__.items()
+        if isinstance(value, MethodType)
+        and value.__self__ is module
+        and value.__func__ is inspect.getattr_static(type(module), name, None)
+    ]
+    for name in (*_own_stand_ins(module), *left_over):
+        del module.__dict__[name]
+
+
+def _check_module(model: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")

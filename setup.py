@@ -1,0 +1,159 @@
+"""Builds the native libraries of pyops; everything else is in pyproject.toml.
+
+_cpu.so   the CPU kernels, on torch's stable ABI and without Python.h: one binary for every
+          torch from 2.11 on. Each csrc/cpu/*.isa.cpp is compiled once per instruction set.
+_cuda.so  the CUDA kernels in csrc/cuda/*.cu, if there are any and nvcc is found:
+          PYOPS_CUDA=auto (default), 0 (never) or 1 (fail if impossible).
+_C        pybind11 module: facts about the build and this CPU.
+
+Torch is only read, never imported: its headers and libraries are enough.
+"""
+
+import importlib.util
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).parent.resolve()
+CSRC = ROOT / "csrc"
+TORCH_TARGET = "0x020b000000000000"  # 2.11, the oldest torch the libraries run under
+AVX2 = "-mavx2 -mfma -mf16c -mbmi2"
+AVX512 = f"{AVX2} -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512cd"
+ISA_FLAGS = {"baseline": ""}
+if platform.machine() in ("x86_64", "AMD64"):
+    ISA_FLAGS |= {"avx2": AVX2, "avx512": AVX512, "avx512_bf16": f"{AVX512} -mavx512bf16"}
+
+
+def find_torch() -> Path | None:
+    """Folder of the torch to build against: this environment's, also from an isolated build."""
+    spec = importlib.util.find_spec("torch")
+    if spec and spec.origin:
+        return Path(spec.origin).parent
+    for place in ("purelib", "platlib"):
+        candidate = Path(sysconfig.get_path(place)) / "torch"
+        if (candidate / "include").is_dir():
+            return candidate
+    return None
+
+
+def cuda_plan() -> tuple[str | None, str]:
+    """(path of nvcc or None, the decision in words)."""
+    wanted = os.environ.get("PYOPS_CUDA", "auto")
+    if wanted not in ("auto", "0", "1"):
+        raise SystemExit(f"PYOPS_CUDA: expected auto, 0 or 1, got {wanted!r}")
+    home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
+    nvcc = shutil.which("nvcc", path=os.pathsep.join([f"{home}/bin", os.environ.get("PATH", "")]))
+    if wanted == "0":
+        return None, "not built: PYOPS_CUDA=0"
+    if not any((CSRC / "cuda").glob("*.cu")):
+        reason = "not built: this version has no CUDA C++ kernels"
+    elif nvcc is None:
+        reason = "not built: nvcc not found"
+    else:
+        return nvcc, f"built for {cuda_archs()}"
+    if wanted == "1":
+        raise SystemExit(f"PYOPS_CUDA=1, but {reason}")
+    return None, reason
+
+
+def cuda_archs() -> str:
+    return os.environ.get("TORCH_CUDA_ARCH_LIST", "8.0 9.0a+PTX")
+
+
+def arch_flags() -> str:
+    flags = []
+    for arch in re.split(r"[ ;]+", cuda_archs().strip()):
+        number = arch.removesuffix("+PTX").replace(".", "")
+        flags.append(f"-gencode arch=compute_{number},code=sm_{number}")
+        if arch.endswith("+PTX"):
+            base = number.rstrip("a")
+            flags.append(f"-gencode arch=compute_{base},code=compute_{base}")
+    return " ".join(flags)
+
+
+class NinjaBuild(build_ext):
+    """Writes one build.ninja for the libraries and lets ninja build what changed."""
+
+    def run(self) -> None:
+        import pybind11
+
+        torch = find_torch()
+        if torch is None:
+            raise SystemExit("pyops needs torch>=2.11: install it first, then build again")
+        version = re.search(r"__version__ = '([^']+)'", (torch / "version.py").read_text())
+        torch_version = version.group(1) if version else "unknown"
+        nvcc, cuda_words = cuda_plan()
+        print(f"pyops: torch {torch_version} at {torch}; CUDA {cuda_words}", flush=True)
+        work = Path(self.build_temp).resolve()
+        work.mkdir(parents=True, exist_ok=True)
+        targets = {
+            ext.name: Path(self.get_ext_fullpath(ext.name)).resolve() for ext in self.extensions
+        }
+        cpu = targets["pyops._C"].parent / "_cpu.so"
+        cuda = cpu.with_name("_cuda.so")
+        include = f"-isystem {torch}/include -DTORCH_TARGET_VERSION={TORCH_TARGET}"
+        common = "-std=c++17 -O3 -fPIC -fvisibility=hidden -fno-math-errno -fno-trapping-math -Wall -Wextra"
+        common += " -Wno-psabi -Wno-unused-function -Wno-maybe-uninitialized -g0"
+        python = f"-isystem {pybind11.get_include()} -isystem {sysconfig.get_path('include')}"
+        facts = rf'-DPYOPS_TORCH_VERSION=\"{torch_version}\" "-DPYOPS_CUDA_BUILD=\"{cuda_words}\""'
+        cxx = os.environ.get("CXX", "c++")
+        lines = [
+            "rule cxx",
+            f"  command = {cxx} {common} $flags -MMD -MF $out.d -c $in -o $out",
+            "  depfile = $out.d\n  deps = gcc\n  description = $out",
+            "rule nvcc",
+            f"  command = {nvcc} -std=c++17 -O3 -Xcompiler -fPIC,-fvisibility=hidden {arch_flags()} "
+            "-DUSE_CUDA $flags -MD -MF $out.d -c $in -o $out",
+            "  depfile = $out.d\n  deps = gcc\n  description = $out",
+            "rule link",
+            f"  command = {cxx} -shared -Wl,--gc-sections -s $in -o $out $libs",
+        ]
+
+        def compile_to(
+            objects: list[str], rule: str, source: Path, flags: str, tag: str = ""
+        ) -> None:
+            out = work / f"{source.relative_to(CSRC).as_posix().replace('/', '-')}{tag}.o"
+            lines.append(f"build {out}: {rule} {source}\n  flags = {flags}")
+            objects.append(str(out))
+
+        objects: list[str] = []
+        for source in [CSRC / "schemas.cpp", *sorted((CSRC / "cpu").glob("*.cpp"))]:
+            if source.name.endswith(".isa.cpp"):
+                for isa, flags in ISA_FLAGS.items():
+                    compile_to(objects, "cxx", source, f"{flags} -DPYOPS_ISA={isa}", f".{isa}")
+            else:
+                compile_to(objects, "cxx", source, include)
+        lines.append(f"build {cpu}: link {' '.join(objects)}")
+        lines.append(f"  libs = -L{torch}/lib -ltorch_cpu -lc10")
+        objects = []
+        compile_to(objects, "cxx", CSRC / "bindings.cpp", f"{python} {facts}")
+        compile_to(objects, "cxx", CSRC / "cpu" / "isa.cpp", "", ".facts")
+        lines.append(f"build {targets['pyops._C']}: link {' '.join(objects)}")
+        if nvcc:
+            objects = []
+            for source in sorted((CSRC / "cuda").glob("*.cu")):
+                compile_to(objects, "nvcc", source, include)
+            lines.append(f"build {cuda}: link {' '.join(objects)}")
+            lines.append(
+                f"  libs = -L{Path(nvcc).parent.parent}/lib64 -lcudart_static -lrt -ldl -lpthread"
+            )
+        cpu.parent.mkdir(parents=True, exist_ok=True)
+        (work / "build.ninja").write_text("\n".join(lines) + "\n")
+        subprocess.run([sys.executable, "-m", "ninja", "-C", str(work)], check=True)
+
+
+setup(
+    ext_modules=[Extension("pyops._C", [])],
+    cmdclass={"build_ext": NinjaBuild},
+    # An isolated build finds the torch of the environment it builds for; only where there is
+    # none does it need one of its own.
+    setup_requires=[] if find_torch() else ["torch>=2.11"],
+)

@@ -1,0 +1,40 @@
+"""Every test runs with fixed seeds, two threads and poisoned memory."""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+
+import pytest
+import torch
+
+_M_PERTURB = -6  # glibc's mallopt: every allocated byte becomes the complement of the argument
+
+
+def pytest_configure() -> None:
+    torch.set_num_threads(2)
+    if sys.platform == "linux":
+        # Memory of the native libraries, their scratch included: 3.4e38 in float32 and
+        # bfloat16, NaN in float16, a place outside every window in a code.
+        getattr(ctypes.CDLL(None), "mallopt", lambda *_: None)(_M_PERTURB, 0x80)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason="needs an NVIDIA GPU")
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True)
+def _reproducible():
+    """Seeds, and torch.empty* filled with NaN (torch does that in its deterministic mode)."""
+    torch.manual_seed(0)
+    threads = torch.get_num_threads()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(False)
+    torch.set_num_threads(threads)

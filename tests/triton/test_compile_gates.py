@@ -1,0 +1,79 @@
+"""What the Triton kernels compile to, on GPUs that need not be here: ahead of time, by ptxas."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", "3.6")
+
+# Shared memory that one block may use, in bytes.
+SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+
+
+@pytest.fixture(scope="module")
+def report():
+    """Every config compiled, and last one that must spill."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    environment.pop("TRITON_INTERPRET", None)
+    script = Path(__file__).with_name("compile_gate.py")
+    done = subprocess.run(
+        [sys.executable, script], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(done.stdout)
+
+
+@pytest.fixture(scope="module")
+def compiled(report):
+    return report[:-1]
+
+
+def test_all_kernels_on_all_architectures(compiled):
+    kernels = {(row["kernel"], row["arch"]) for row in compiled}
+    pointers = [
+        "conv_relu_pool_forward_gather_kernel",
+        "conv_relu_pool_backward_input_kernel",
+        "conv_relu_pool_backward_weight_kernel",
+        "conv_relu_pool_backward_bias_kernel",
+    ]
+    boxes = "conv_relu_pool_forward_tma_kernel"
+    # Boxes are for GPUs with TMA.
+    assert kernels == {(k, arch) for k in pointers for arch in (80, 90, 100)} | {
+        (boxes, 90),
+        (boxes, 100),
+    }
+
+
+def test_no_spills(report, compiled):
+    assert [row for row in compiled if row["spill_bytes"]] == []
+    assert report[-1]["spill_bytes"] > 0, "a spill would not be seen"
+
+
+def test_shared_memory_fits(compiled):
+    assert [row for row in compiled if row["shared"] > SHARED_LIMIT[row["arch"]]] == []
+
+
+def test_wgmma_is_not_serialised(compiled):
+    assert [row for row in compiled if row["serialised"]] == []
+
+
+def test_tensor_cores(compiled):
+    """All but the sum for the bias, exact float32, and tiles of fewer than 64 channels on 90 use them."""
+    idle = {
+        (row["case"], row["kernel"], row["arch"])
+        for row in compiled
+        if row["matrix_instructions"] == 0
+        and "exact" not in row["case"]
+        and not row["kernel"].endswith("bias_kernel")
+    }
+    # 64 rows are the least of a wgmma: below, Triton takes mma.sync.
+    few = {
+        ("3 to 64", "conv_relu_pool_backward_input_kernel", 90),
+        ("float16, 24 to 32, average", "conv_relu_pool_forward_tma_kernel", 90),
+    }
+    few |= {(case, kernel, 100) for case, kernel, _ in few}
+    assert idle <= few
