@@ -59,7 +59,7 @@ def optimize(model: nn.Module, *, backend: str | None = None) -> Report:
             setattr(function, _MARK, True)
             # Pickle stores a bound method as its name and finds the class's own by it on loading.
             function.__name__ = method
-            setattr(module, method, MethodType(function, module))
+            module.__dict__[method] = MethodType(function, module)
     return run.report
 
 

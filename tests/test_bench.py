@@ -87,7 +87,24 @@ def test_backend_that_refuses_gives_a_row_with_the_reason(monkeypatch):
         CPU, backends=("triton",), baselines=("eager",), seconds_per_row=0.05
     )
     (row,) = conv_relu_pool.rows([shapes.parse("1x2x8->4:p1")], options)
-    assert row["passed"] is None and row["refused"] == reason
+    assert row["passed"] is None and reason in row["reason"] and row["speedup"] is None
+    assert row["baselines_ms"]
+
+
+def test_op_that_raises_is_a_failed_row_and_the_others_are_measured(tmp_path, capsys, monkeypatch):
+    right = pyops.conv_relu_pool2d
+
+    def raising(x, *args, **kwargs):
+        if x.shape[1] == 3:
+            raise RuntimeError("planted")
+        return right(x, *args, **kwargs)
+
+    monkeypatch.setattr(pyops, "conv_relu_pool2d", raising)
+    selected = ("--shapes", "1x3x8->4:p1", "1x2x8->4:p1")
+    assert bench(*selected, "--baselines", "eager", "--out", tmp_path) == 1
+    rows = report.read_rows(tmp_path / "conv_relu_pool.json")
+    assert [row["passed"] for row in rows] == [False, True]
+    assert "planted" in rows[0]["reason"] and "FAILED" in capsys.readouterr().out
 
 
 def test_budget_stops_before_the_next_shape():

@@ -8,9 +8,10 @@ import pytest
 import torch
 
 import pyops
-from pyops import cli
+from pyops import cli, training
 from pyops.bench import agreement, shapes
 from pyops.commands import check, demo
+from pyops.data import Dataset, load_digits
 
 
 def run(*arguments, timeout=100):
@@ -191,8 +192,16 @@ def test_undecided_windows_are_those_whose_winner_rounding_changes():
     assert decided.flatten().tolist() == [False, True, True, False]
 
 
-def test_demo_writes_plot_and_summary(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(demo, "ACCURACY_GOAL", 0.02)  # two epochs are about speed, not about skill
+@pytest.fixture
+def few_digits(monkeypatch):
+    """Real digits, but few of them: five steps an epoch."""
+    data = load_digits()
+    few = Dataset(*(t[:160] for t in vars(data).values()))
+    monkeypatch.setattr(training, "dataset", lambda settings: few)
+
+
+def test_demo_writes_plot_and_summary(few_digits, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(demo, "ACCURACY_GOAL", 0.01)  # two epochs are about speed, not about skill
     code = cli.main(["demo", "--epochs", "2", "--models", "--out", str(tmp_path / "out")])
     text = capsys.readouterr().out
     assert code == 0, text
@@ -200,13 +209,13 @@ def test_demo_writes_plot_and_summary(tmp_path, capsys, monkeypatch):
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert all(summary["checks"].values())
     for ops in ("reference", "fast"):
-        assert len(summary["training"][ops]["losses"]) == 2 * 45
+        assert len(summary["training"][ops]["losses"]) == 2 * 5
     saved = [summary["training"][o]["saved_for_backward_bytes"] for o in ("fast", "reference")]
     assert 0 < saved[0] < saved[1]
     assert any(name.startswith("gradient") for name in summary["agreement"])
 
 
-def test_demo_fails_below_the_accuracy_goal(tmp_path, capsys):
+def test_demo_fails_below_the_accuracy_goal(few_digits, tmp_path, capsys):
     assert cli.main(["demo", "--epochs", "1", "--models", "--out", str(tmp_path)]) == 1
     assert "FAILED: accuracy" in capsys.readouterr().out
 

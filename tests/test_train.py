@@ -113,7 +113,8 @@ def test_resumed_run_is_bitwise_the_same(few, ops, tmp_path):
     assert same(second.optimizer.state_dict(), whole.optimizer.state_dict())
 
 
-def test_command_resumes_where_it_stopped(tmp_path, capsys):
+def test_command_resumes_where_it_stopped(few, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(training, "dataset", lambda settings: few)
     whole, parts = tmp_path / "whole.pt", tmp_path / "parts.pt"
     assert cli.main(["train", "cnn", "--epochs", "2", "--checkpoint", str(whole)]) == 0
     assert cli.main(["train", "cnn", "--epochs", "1", "--checkpoint", str(parts)]) == 0

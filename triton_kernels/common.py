@@ -18,7 +18,7 @@ INT32_LIMIT = 2**31 - 1
 
 # PYOPS_AUTOTUNE=0 always takes the first config of the list.
 _autotune = os.environ.get("PYOPS_AUTOTUNE", "1") != "0"
-_chosen: dict[Hashable, "Config"] = {}
+_chosen: dict[Hashable, int] = {}  # the place in the list of configs
 _tuning = threading.Lock()
 
 
@@ -39,10 +39,12 @@ Bind = Callable[[Config], tuple[tuple[int, ...], dict[str, Any]]]
 
 
 def launch(kernel: Any, configs: Sequence[Config], key: tuple[Hashable, ...], bind: Bind) -> None:
-    """Runs `kernel` on the current device and stream with the best of `configs` for the shape class `key`.
+    """Runs `kernel` on the current device and stream with the best of `configs` for the shape class
+    `key`.
 
-    The first config is the heuristic choice. It is taken as it is under the interpreter, while a CUDA graph is being
-    captured and when PYOPS_AUTOTUNE=0; otherwise the first call of a shape class times them all.
+    The first config is the heuristic choice. It is taken as it is under the interpreter, while a
+    CUDA graph is being captured and when PYOPS_AUTOTUNE=0; otherwise the first call of a shape
+    class times them all.
     """
     run(kernel, choose(kernel, configs, key, bind), bind)
 
@@ -65,14 +67,14 @@ def choose(kernel: Any, configs: Sequence[Config], key: tuple[Hashable, ...], bi
     key = (kernel.__name__, torch.cuda.current_device(), *key)
     chosen = _chosen.get(key)
     if chosen is not None:
-        return chosen
+        return configs[chosen]
     if torch.cuda.is_current_stream_capturing():
         return configs[0]
     with _tuning:
         if key not in _chosen:
             times = [_time(kernel, config, bind) for config in configs]
-            _chosen[key] = configs[times.index(min(times))]
-        return _chosen[key]
+            _chosen[key] = times.index(min(times))
+        return configs[_chosen[key]]
 
 
 def _time(kernel: Any, config: Config, bind: Bind) -> float:
@@ -99,23 +101,24 @@ def multiprocessors(tensor: torch.Tensor) -> int:
 
 
 def is_channels_last(tensor: torch.Tensor) -> bool:
-    """Whether a result shaped after this 4-D tensor is to be channels_last; NCHW where it could be either."""
+    """Whether a result shaped after this 4-D tensor is channels_last; not if it could be either."""
     return tensor.stride(1) == 1 and tensor.size(1) > 1 and not tensor.is_contiguous()
 
 
 def tf32_allowed() -> bool:
     """Whether torch allows TF32 in float32 convolutions."""
-    # This getter understands both of torch's APIs; cudnn.allow_tf32 raises once the newer one was used.
+    # This getter understands both of torch's APIs; cudnn.allow_tf32 raises once the newer one was
+    # used.
     return torch.backends.cudnn.conv.fp32_precision == "tf32"
 
 
 def conv_precision(dtype: torch.dtype) -> str:
-    """The `input_precision` of tl.dot: TF32 for float32 only where torch allows it for convolutions."""
+    """The `input_precision` of tl.dot: TF32 only where torch allows it."""
     return "tf32" if dtype is torch.float32 and tf32_allowed() and not INTERPRET else "ieee"
 
 
 def needs_int64(*sizes: int) -> bool:
-    """Whether an offset into something of one of these sizes can pass 32 bits (with room for a tile beyond the end)."""
+    """Whether an offset into something of one of these sizes, or a tile past it, needs 64 bits."""
     return max(sizes) > INT32_LIMIT - 2**20
 
 

@@ -45,12 +45,15 @@ def forward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """pool(activation(conv2d(input, weight, bias))) and the codes that `backward` needs.
 
-    input: (batch, in_channels, height, width); weight: (out_channels, in_channels / groups, R, S); bias: (out_channels,)
-    or None. The output has the input's memory format. codes: uint8, the output's shape and strides; (0,) without
-    `with_codes` and where the output itself tells what backward needs (no pool, a slope above 0). Of a max window bits 0-6 hold the winner's place (y * window width + x, from the unclipped corner) and
-    bit 7 whether its gradient passes the activation whole; otherwise bit y * window width + x tells that of each place.
+    input: (batch, in_channels, height, width); weight: (out_channels, in_channels / groups, R, S);
+    bias: (out_channels,) or None. The output has the input's memory format. codes: uint8, the
+    output's shape and strides; (0,) without `with_codes` and where the output itself tells what
+    backward needs (no pool, a slope above 0). Of a max window bits 0-6 hold the winner's place (y *
+    window width + x, from the unclipped corner) and bit 7 whether its gradient passes the
+    activation whole; otherwise bit y * window width + x tells that of each place.
 
-    A kernel that reads an NCHW input by boxes, or 16 channels of it or more, reads a channels_last copy.
+    A kernel that reads an NCHW input by boxes, or 16 channels of it or more, reads a channels_last
+    copy.
     """
     geometry = Geometry.of(
         input,
@@ -83,7 +86,8 @@ def forward(
 
     few = geometry.group_in < FEW_CHANNELS and not channels_last
     input = input.contiguous(memory_format=torch.contiguous_format if few else torch.channels_last)
-    # A negative slope makes bit 7 untold by the activated value, which is all that whole windows keep.
+    # A negative slope makes bit 7 untold by the activated value, which is all that whole windows
+    # keep.
     negative = activation == "leaky_relu" and not negative_slope >= 0
     tile = "place" if negative else whole_windows(geometry) or "place"
     arguments = geometry.constants() | {
@@ -118,7 +122,7 @@ def forward(
 
 
 def takes_boxes(geometry: Geometry, input: torch.Tensor) -> bool:
-    """Whether the TMA kernel can do it: windows side by side, no strides, rows of channels in multiples of 16 bytes."""
+    """Whether the TMA kernel can do it, and the device is one where it pays."""
     row = geometry.group_in * input.dtype.itemsize
     block = reduction_block(geometry.group_in, input.dtype)
     return (

@@ -10,7 +10,7 @@ from .conv_relu_pool_backward_kernels import (
     conv_relu_pool_backward_input_kernel,
     conv_relu_pool_backward_weight_kernel,
 )
-from .conv_relu_pool_configs import input_configs, weight_configs
+from .conv_relu_pool_configs import input_configs, weight_configs, without_tensor_cores
 from .conv_relu_pool_geometry import Geometry, Pair
 
 
@@ -34,9 +34,10 @@ def backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of (input, weight, bias), each an empty (0,) tensor where `output_mask` is False.
 
-    grad_output: (batch, out_channels, pooled height, pooled width), any strides; codes: as `forward`
-    gave them, or where it gives none the output (of no use, and not read, if activation is "none").
-    grad_input has the input's memory format, grad_weight is contiguous; both have the input's dtype.
+    grad_output: (batch, out_channels, pooled height, pooled width), any strides; codes: as
+    `forward` gave them, or where it gives none the output (of no use, and not read, if activation
+    is "none"). grad_input has the input's memory format, grad_weight is contiguous; both have the
+    input's dtype.
     """
     geometry = Geometry.of(
         input,
@@ -105,6 +106,7 @@ def _backward_input(
         "grad_input": grad_input,
         "CHANNELS_LAST": channels_last,
         "PRECISION": common.conv_precision(input.dtype),
+        "EXACT": without_tensor_cores(input.dtype, common.conv_precision(input.dtype)),
         "UPCAST": common.INTERPRET,
     }
     rows, columns = (
@@ -148,6 +150,7 @@ def _backward_weight(
         "partial": partial,
         "CHANNELS_LAST": channels_last,
         "PRECISION": precision,
+        "EXACT": without_tensor_cores(input.dtype, precision),
         "UPCAST": common.INTERPRET,
     }
 
@@ -206,8 +209,8 @@ def _sizes(geometry: Geometry) -> dict[str, int]:
 def weight_parts(geometry: Geometry, config: Config, multiprocessors: int) -> tuple[int, int]:
     """Into how many parts to split the sum over pixels, and the pixels of one.
 
-    Enough to fill the device twice, each long enough to be worth its partial result. It depends on the heuristic config
-    alone, so that tuning does not change the order of the sum.
+    Enough to fill the device twice, each long enough to be worth its partial result. It depends on
+    the heuristic config alone, so that tuning does not change the order of the sum.
     """
     tiles = triton.cdiv(geometry.group_out, config["BN"]) * geometry.groups
     tiles *= triton.cdiv(geometry.taps * geometry.group_in, config["BF"])

@@ -1,7 +1,8 @@
 """The backward kernels of the fused convolution, activation and pooling.
 
-The gradient before pooling is never written: each tile of it is expanded in registers from the pooled gradient and the
-codes of the forward pass. Sums over pixels are split into parts of a fixed order, so results repeat bit for bit.
+The gradient before pooling is never written: each tile of it is expanded in registers from the
+pooled gradient and the codes of the forward pass. Sums over pixels are split into parts of a fixed
+order, so results repeat bit for bit.
 """
 
 import triton
@@ -89,6 +90,18 @@ def expand_gradient(
     return total
 
 
+@triton.jit
+def opaque(value):
+    """The same float32 value, of unknown origin to the compiler.
+
+    On Blackwell it takes a product that a tensor of 8 bits (the codes) went into for one of low
+    precision, whatever `input_precision` says.
+    """
+    return tl.inline_asm_elementwise(
+        "mov.f32 $0, $1;", "=f,f", [value], dtype=tl.float32, is_pure=False, pack=1
+    )
+
+
 @triton.jit(do_not_specialize=["N", "H", "W", "P", "Q", "PO", "QO"])
 def conv_relu_pool_backward_input_kernel(
     grad_output,  # (N, PO, QO, K)
@@ -127,6 +140,7 @@ def conv_relu_pool_backward_input_kernel(
     CHANNELS_LAST: tl.constexpr,
     PRECISION: tl.constexpr,
     WIDE: tl.constexpr,
+    EXACT: tl.constexpr,
     UPCAST: tl.constexpr,
     BM: tl.constexpr,  # pixels
     BN: tl.constexpr,  # input channels
@@ -207,6 +221,8 @@ def conv_relu_pool_backward_input_kernel(
                 mask=channel_valid[:, None] & k_valid[None, :],
                 other=0.0,
             )
+            if EXACT:
+                gradient = opaque(gradient)
             if UPCAST:
                 gradient = gradient.to(tl.float32)
                 weights = weights.to(tl.float32)
@@ -264,6 +280,7 @@ def conv_relu_pool_backward_weight_kernel(
     CHANNELS_LAST: tl.constexpr,
     PRECISION: tl.constexpr,
     WIDE: tl.constexpr,
+    EXACT: tl.constexpr,
     UPCAST: tl.constexpr,
     BM: tl.constexpr,  # pixels
     BN: tl.constexpr,  # output channels
@@ -342,6 +359,8 @@ def conv_relu_pool_backward_weight_kernel(
         valid = pixel_valid[:, None] & flat_valid[None, :]
         valid = valid & (h >= 0) & (h < H) & (w >= 0) & (w < W)
         pixels = tl.load(input + corner[:, None] + flat_offset[None, :], mask=valid, other=0.0)
+        if EXACT:
+            gradient = opaque(gradient)
         if UPCAST:
             gradient = gradient.to(tl.float32)
             pixels = pixels.to(tl.float32)

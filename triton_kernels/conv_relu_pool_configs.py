@@ -1,4 +1,4 @@
-"""Tile shapes of the conv_relu_pool kernels: for each case the heuristic choice first, then what tuning may prefer."""
+"""Tile shapes of the conv_relu_pool kernels: the heuristic choice, then what tuning may prefer."""
 
 import math
 
@@ -15,7 +15,7 @@ BOXED = {(1, 1), (2, 2), (3, 2)}
 
 
 def box_device(capability: tuple[int, int]) -> bool:
-    """Whether tl.dot on this device reads both operands from shared memory, so that TMA boxes pay."""
+    """Whether tl.dot reads both operands from shared memory here, so that TMA boxes pay."""
     return capability[0] in (9, 10)
 
 
@@ -25,18 +25,18 @@ def reduction_block(channels: int, dtype: torch.dtype) -> int:
 
 
 def channel_block(channels: int) -> int:
-    """Channels a tile: 16 to 128, and 64 rather than 128 where that leaves less of the last tile idle."""
+    """Channels a tile: 16 to 128, but 64 where 128 would leave more of the last tile idle."""
     block = power_of_2(channels, 16, 128)
     return 64 if block == 128 and -channels % 128 >= 64 else block
 
 
 def without_tensor_cores(dtype: torch.dtype, precision: str) -> bool:
-    """Whether tl.dot multiplies in float32 itself, each thread holding its operands in registers."""
+    """Whether tl.dot multiplies in float32 itself, its operands in registers."""
     return dtype is torch.float32 and precision == "ieee" and not INTERPRET
 
 
 def scattered(channels: int, dtype: torch.dtype) -> bool:
-    """Whether rows of channels are no multiple of 16 bytes, so that pointers load single elements."""
+    """Whether rows of channels are no multiple of 16 bytes, so that loads are of single elements."""
     return channels * dtype.itemsize % 16 != 0
 
 
@@ -48,7 +48,7 @@ def windows_overlap(geometry: Geometry) -> bool:
 
 
 def whole_windows(geometry: Geometry) -> str | None:
-    """How a tile can hold whole windows: "run", in any order; "box", sharing edges; None if it cannot."""
+    """How a tile can hold whole windows: "run", one by one; "box", sharing edges; None: it cannot."""
     axes = set(zip(geometry.window, geometry.pool_stride, strict=True))
     if max(geometry.window) <= 2:
         return "run"
@@ -75,7 +75,8 @@ def box_tiles(geometry: Geometry, images: int, height: int, width: int) -> tuple
 
 
 def box(geometry: Geometry, pixels: int) -> tuple[int, int, int]:
-    """(images, rows, columns) of the box of `pixels` pixels that covers the output in the fewest, the widest of those."""
+    """(images, rows, columns) of the box of that many pixels that covers the output in fewest."""
+    # Of equals the widest, which makes the longest stores.
     fewest, best = None, None
     width = 8
     while width <= min(pixels, 256):
@@ -93,7 +94,8 @@ def box(geometry: Geometry, pixels: int) -> tuple[int, int, int]:
 def tma_configs(geometry: Geometry, dtype: torch.dtype) -> list[Config]:
     block_k = reduction_block(geometry.group_in, dtype)
     if channel_block(geometry.group_out) == 128:
-        # The smaller ones leave room for two blocks a multiprocessor, one pooling while the other multiplies.
+        # The smaller ones leave room for two blocks a multiprocessor, one pooling while the other
+        # multiplies.
         tiles = [(128, 256, 8, 4), (128, 128, 4, 3), (128, 128, 8, 3)]
     else:
         tiles = [(64, 256, 4, 4), (64, 128, 4, 4), (64, 256, 8, 2)]

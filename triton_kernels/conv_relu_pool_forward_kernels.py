@@ -1,7 +1,8 @@
-"""The forward kernels of the fused convolution, activation and pooling: implicit GEMM on tensor cores.
+"""The forward kernels of the fused convolution, activation and pooling: implicit GEMM on tensor
+cores.
 
-Both compute the transposed product: accumulator[channel, pixel] = weight[channel, k] @ input[k, pixel].
-`conv_relu_pool_forward_tma_kernel` loads boxes of a channels_last input by TMA;
+Both compute the transposed product: accumulator[channel, pixel] = weight[channel, k] @ input[k,
+pixel]. `conv_relu_pool_forward_tma_kernel` loads boxes of a channels_last input by TMA;
 `conv_relu_pool_forward_gather_kernel` takes every other case by pointers.
 """
 
@@ -277,7 +278,9 @@ def conv_relu_pool_forward_gather_kernel(
     PRECISION: tl.constexpr,
     WIDE: tl.constexpr,
     UPCAST: tl.constexpr,
-    TILE: tl.constexpr,  # "run": BM windows in order; "box": TN x TH x TW pixels; "place": one place of BM windows
+    # A tile is BM windows in order ("run"), a box of TN x TH x TW pixels ("box"), or one place of
+    # each of BM windows, the places following each other ("place").
+    TILE: tl.constexpr,
     FLAT: tl.constexpr,  # whether taps and channels are one reduction axis, for few channels
     BM: tl.constexpr,
     TN: tl.constexpr,
@@ -295,6 +298,7 @@ def conv_relu_pool_forward_gather_kernel(
     block = rest // GROUPS
     if WIDE:
         block = block.to(tl.int64)
+        group = group.to(tl.int64)
 
     if TILE == "box":
         Y: tl.constexpr = TH // POOL_STRIDE_H
@@ -307,7 +311,8 @@ def conv_relu_pool_forward_gather_kernel(
         p = i0 * POOL_STRIDE_H - POOL_PAD_H + m // TW % TH
         q = j0 * POOL_STRIDE_W - POOL_PAD_W + m % TW
     else:
-        # (windows / X, window row, X, window column): there both mma layouts keep a window within one thread.
+        # (windows / X, window row, X, window column): there both mma layouts keep a window within
+        # one thread.
         X: tl.constexpr = 16 if BM >= 16 else BM
         TILE_H: tl.constexpr = WINDOW_H if TILE == "run" else 1
         TILE_W: tl.constexpr = WINDOW_W if TILE == "run" else 1

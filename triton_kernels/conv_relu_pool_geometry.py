@@ -1,4 +1,4 @@
-"""The sizes of a fused convolution, activation and pooling, and which of them the Triton kernels take."""
+"""The sizes of a fused convolution, activation and pooling, and which the kernels take."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -137,7 +137,7 @@ class Geometry:
         }
 
     def key(self) -> tuple:
-        """The shape class under which a config is cached: exact where compiled in, sizes by their order of magnitude."""
+        """The shape class a config is kept for: exact where compiled in, sizes by their magnitude."""
         pixels = (self.batch * self.conv[0] * self.conv[1]).bit_length()
         return (
             self.in_channels,
@@ -180,8 +180,8 @@ def supports(
 ) -> str | None:
     """None if the Triton kernels take these arguments, else a sentence saying why not.
 
-    input: (batch, in_channels, height, width); weight: (out_channels, in_channels / groups, R, S). Looks at shapes,
-    dtypes and devices only, so fake and meta tensors do.
+    input: (batch, in_channels, height, width); weight: (out_channels, in_channels / groups, R, S).
+    Looks at shapes, dtypes and devices only, so fake and meta tensors do.
     """
     if input.dim() != 4 or weight.dim() != 4:
         return "the Triton kernels take a 4-D input and weight"

@@ -1,6 +1,8 @@
-"""What both forward kernels do with a tile once its convolution is summed: activation, pooling, codes, the store.
+"""What both forward kernels do with a tile once its convolution is summed: activation, pooling,
+codes, the store.
 
-Tiles are (output channels, pixels), and the pixels are ordered so that the window's elements meet within a thread.
+Tiles are (output channels, pixels), and the pixels are ordered so that the window's elements meet
+within a thread.
 """
 
 import triton
@@ -57,7 +59,7 @@ def fold(
 
 @triton.jit
 def place_codes(value, ACTIVATION: tl.constexpr, POOL: tl.constexpr):
-    """The code of a window that is one element: its place 0, or its pass bit where sums keep one per place."""
+    """The code of a window of one element: place 0, or where sums keep one per place, its pass bit."""
     if POOL == "max":
         return tl.zeros(value.shape, tl.int32)
     else:
@@ -95,8 +97,9 @@ def finish_windows(
 ):
     """Bias, activation and pooling: the windows' values and codes, (BN, A * Y * X).
 
-    Windows are 1 or 2 each way, each STEP_H x STEP_W block of the tile being one; or 3 with a step of 2, when a window
-    takes in the edge of the next block and the last one along an axis is not valid.
+    Windows are 1 or 2 each way, each STEP_H x STEP_W block of the tile being one; or 3 with a step
+    of 2, when a window takes in the edge of the next block and the last one along an axis is not
+    valid.
     """
     BN: tl.constexpr = value.shape[0]
     # Rounding is monotonic, so bias and activation can follow the maximum, on fewer values.
@@ -147,7 +150,7 @@ def clamp_places(
     POOL_PAD_H: tl.constexpr,
     POOL_PAD_W: tl.constexpr,
 ):
-    """Moves a winner in the padding, which only a window of nothing but -inf has, to the first place inside."""
+    """Moves a winner in the padding, which only windows of nothing but -inf have, to the inside."""
     place = code & 127
     y = tl.maximum(place // WINDOW_W, (POOL_PAD_H - i * POOL_STRIDE_H)[None, :])
     x = tl.maximum(place % WINDOW_W, (POOL_PAD_W - j * POOL_STRIDE_W)[None, :])
@@ -247,7 +250,8 @@ def box_windows(
 ):
     """Image, row and column of each window of a box, and whether it is valid: (TN * Y * X,) each.
 
-    Of the Y x X windows of an image only ROWS x COLUMNS are whole; the others belong to the next box.
+    Of the Y x X windows of an image only ROWS x COLUMNS are whole; the others belong to the next
+    box.
     """
     window = tl.arange(0, TN * Y * X)
     y = window // X % Y

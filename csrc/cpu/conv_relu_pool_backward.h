@@ -111,7 +111,8 @@ struct Passing {
   bool leaky;
   __m512 slope;
   explicit Passing(const ConvReluPoolParams& p)
-      : leaky(p.activation == Activation::kLeakyRelu), slope(_mm512_set1_ps(static_cast<float>(p.negative_slope))) {}
+      : leaky(p.activation == Activation::kLeakyRelu),
+        slope(_mm512_set1_ps(static_cast<float>(p.negative_slope))) {}
   PYOPS_INLINE __mmask16 alive(__m128i codes, __mmask16 valid) const {
     return leaky ? valid : static_cast<__mmask16>(_mm_movepi8_mask(codes) & valid);
   }
@@ -149,10 +150,12 @@ PYOPS_INLINE void load_windows(const ConvReluPoolParams& p, const T* grad, int64
   __m128i b[16];
   __m512 r[16];
   if (windows == 16 && rows == 16) {
+    // Prefetch: planes are too many for the hardware to follow.
 #pragma GCC unroll 16
     for (int i = 0; i < 16; ++i) {
       b[i] = _mm_loadu_si128(reinterpret_cast<const __m128i*>(code + i * plane));
       r[i] = load16(from + i * plane);
+      _mm_prefetch(from + i * plane + 16, _MM_HINT_T0);
     }
   } else {
     const __mmask16 valid = first_lanes(windows);

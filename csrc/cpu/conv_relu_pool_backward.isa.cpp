@@ -94,9 +94,14 @@ bool conv_relu_pool_backward_sparse(const ConvReluPoolGradParams& q) {
   }
   if (q.grad_bias) {
     switch (p.dtype) {
-      case DType::kFloat: backward_bias<float>(q); break;
-      case DType::kBFloat16: backward_bias<BFloat16>(q); break;
-      default: backward_bias<Half>(q);
+      case DType::kFloat:
+        backward_bias<float>(q);
+        break;
+      case DType::kBFloat16:
+        backward_bias<BFloat16>(q);
+        break;
+      default:
+        backward_bias<Half>(q);
     }
   }
   if (q.grad_input) common ? backward_data_3x3(q) : backward_data_any(q);

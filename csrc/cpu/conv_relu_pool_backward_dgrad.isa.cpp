@@ -24,6 +24,13 @@ void pack_weights(const ConvReluPoolParams& p, const T* weight, int64_t k0, int6
   alignas(64) float flat[16 * kTaps];
   for (int64_t k = 0; k < rows; ++k, packed += kTaps * 16) {
     const T* from = weight + ((k0 + k) * p.in_channels + c0) * kTaps;
+    // What the next call packs: rows are too far apart for the hardware to foresee them.
+    const int64_t ahead = k0 + kBlock < p.out_channels ? kBlock * p.in_channels * kTaps
+                                                       : (16 - k0 * p.in_channels) * kTaps;
+    const uintptr_t next = reinterpret_cast<uintptr_t>(from) + ahead * sizeof(T);
+    for (uintptr_t i = 0; i < 16 * kTaps * sizeof(T); i += 64) {
+      _mm_prefetch(reinterpret_cast<const char*>(next + i), _MM_HINT_T1);
+    }
     const float* f = whole_floats(from, count == 16 * kTaps);
     if (!f) {
       f = flat;
@@ -85,15 +92,15 @@ void slide(const float* g, int64_t g_stride, const uint32_t* masks, int64_t mask
   __m512 p10 = zero, p11 = zero, p12 = zero, p13 = zero;
   __m512 p20 = zero, p21 = zero, p22 = zero, p23 = zero;
   __m512 p30 = zero, p31 = zero, p32 = zero, p33 = zero;
-#define PYOPS_TAP(tap, pixel) pixel = _mm512_fmadd_ps(v, _mm512_load_ps(w + (tap)*16), pixel);
-#define PYOPS_WINNER(place, a, b, c, d, e, f, g_, h, i)                  \
-  for (uint32_t left = masks[place]; left != 0; left &= left - 1) {      \
-    const int64_t k = __builtin_ctz(left);                               \
-    const __m512 v = _mm512_set1_ps(g[k]);                               \
-    const float* w = weights + k * (kTaps * 16);                         \
-    PYOPS_TAP(0, a) PYOPS_TAP(1, b) PYOPS_TAP(2, c) PYOPS_TAP(3, d)      \
-    PYOPS_TAP(4, e) PYOPS_TAP(5, f) PYOPS_TAP(6, g_) PYOPS_TAP(7, h)     \
-    PYOPS_TAP(8, i)                                                      \
+#define PYOPS_TAP(tap, pixel) pixel = _mm512_fmadd_ps(v, _mm512_load_ps(w + (tap) * 16), pixel);
+#define PYOPS_WINNER(place, a, b, c, d, e, f, g_, h, i)                             \
+  for (uint32_t left = masks[place]; left != 0; left &= left - 1) {                 \
+    const int64_t k = __builtin_ctz(left);                                          \
+    const __m512 v = _mm512_set1_ps(g[k]);                                          \
+    const float* w = weights + k * (kTaps * 16);                                    \
+    PYOPS_TAP(0, a)                                                                 \
+    PYOPS_TAP(1, b) PYOPS_TAP(2, c) PYOPS_TAP(3, d) PYOPS_TAP(4, e) PYOPS_TAP(5, f) \
+        PYOPS_TAP(6, g_) PYOPS_TAP(7, h) PYOPS_TAP(8, i)                            \
   }
 #define PYOPS_LEAVE(offset, pixel) \
   _mm512_store_ps(out + (offset), _mm512_add_ps(_mm512_load_ps(out + (offset)), pixel));
@@ -102,11 +109,11 @@ void slide(const float* g, int64_t g_stride, const uint32_t* masks, int64_t mask
     PYOPS_WINNER(1, p01, p02, p03, p11, p12, p13, p21, p22, p23)
     PYOPS_WINNER(2, p10, p11, p12, p20, p21, p22, p30, p31, p32)
     PYOPS_WINNER(3, p11, p12, p13, p21, p22, p23, p31, p32, p33)
-    PYOPS_LEAVE(0, p00) PYOPS_LEAVE(16, p01)
-    PYOPS_LEAVE(row, p10) PYOPS_LEAVE(row + 16, p11)
-    PYOPS_LEAVE(2 * row, p20) PYOPS_LEAVE(2 * row + 16, p21)
-    PYOPS_LEAVE(3 * row, p30) PYOPS_LEAVE(3 * row + 16, p31)
-    p00 = p02, p01 = p03, p02 = zero, p03 = zero;
+    PYOPS_LEAVE(0, p00)
+    PYOPS_LEAVE(16, p01) PYOPS_LEAVE(row, p10) PYOPS_LEAVE(row + 16, p11) PYOPS_LEAVE(2 * row, p20)
+        PYOPS_LEAVE(2 * row + 16, p21) PYOPS_LEAVE(3 * row, p30) PYOPS_LEAVE(3 * row + 16, p31)
+            p00 = p02,
+            p01 = p03, p02 = zero, p03 = zero;
     p10 = p12, p11 = p13, p12 = zero, p13 = zero;
     p20 = p22, p21 = p23, p22 = zero, p23 = zero;
     p30 = p32, p31 = p33, p32 = zero, p33 = zero;
@@ -114,10 +121,9 @@ void slide(const float* g, int64_t g_stride, const uint32_t* masks, int64_t mask
     masks += mask_stride;
     out += 32;
   }
-  PYOPS_LEAVE(0, p00) PYOPS_LEAVE(16, p01)
-  PYOPS_LEAVE(row, p10) PYOPS_LEAVE(row + 16, p11)
-  PYOPS_LEAVE(2 * row, p20) PYOPS_LEAVE(2 * row + 16, p21)
-  PYOPS_LEAVE(3 * row, p30) PYOPS_LEAVE(3 * row + 16, p31)
+  PYOPS_LEAVE(0, p00)
+  PYOPS_LEAVE(16, p01) PYOPS_LEAVE(row, p10) PYOPS_LEAVE(row + 16, p11) PYOPS_LEAVE(2 * row, p20)
+      PYOPS_LEAVE(2 * row + 16, p21) PYOPS_LEAVE(3 * row, p30) PYOPS_LEAVE(3 * row + 16, p31)
 #undef PYOPS_TAP
 #undef PYOPS_WINNER
 #undef PYOPS_LEAVE
@@ -126,12 +132,12 @@ void slide(const float* g, int64_t g_stride, const uint32_t* masks, int64_t mask
 // How the work is cut: a task is some images, or a band of window rows of one image, times some
 // blocks of 16 input channels. Depends on shapes alone, so that the result does too.
 struct Plan {
-  int64_t padded;       // output channels rounded up to kBlock
-  int64_t images;       // a task
-  int64_t rows;         // of windows, a task
+  int64_t padded;  // output channels rounded up to kBlock
+  int64_t images;  // a task
+  int64_t rows;    // of windows, a task
   int64_t image_groups, bands, blocks, block_groups, blocks_each;
-  int64_t width;        // pixels a buffered row
-  int64_t pixel_rows;   // at most, buffered for one image of a task
+  int64_t width;       // pixels a buffered row
+  int64_t pixel_rows;  // at most, buffered for one image of a task
 
   explicit Plan(const ConvReluPoolParams& p) {
     padded = ceil_div(p.out_channels, kBlock) * kBlock;
@@ -261,9 +267,12 @@ void run(const ConvReluPoolGradParams& q) {
 
 void backward_data_3x3(const ConvReluPoolGradParams& q) {
   switch (q.p.dtype) {
-    case DType::kFloat: return run<float>(q);
-    case DType::kBFloat16: return run<BFloat16>(q);
-    default: return run<Half>(q);
+    case DType::kFloat:
+      return run<float>(q);
+    case DType::kBFloat16:
+      return run<BFloat16>(q);
+    default:
+      return run<Half>(q);
   }
 }
 #endif  // __AVX512F__

@@ -205,8 +205,7 @@ void scatter_row(const ConvReluPoolParams& p, const Plan& plan, const float* g,
     int winner = -128;
     for (int64_t dy = 0; dy < p.pool_h; ++dy) {
       for (int64_t dx = 0; dx < p.pool_w; ++dx, ++winner) {
-        const uint64_t won =
-            _mm512_cmpeq_epi8_mask(c, _mm512_set1_epi8(static_cast<char>(winner)));
+        const uint64_t won = _mm512_cmpeq_epi8_mask(c, _mm512_set1_epi8(static_cast<char>(winner)));
         if (won == 0) continue;
         kernel(g, won, weights,
                out + dy * p.stride_h * row + (x * plan.step_x + dx * p.stride_w) * plan.channels,
@@ -227,8 +226,8 @@ void run(const ConvReluPoolGradParams& q) {
   T* out = static_cast<T*>(q.grad_input);
   const int64_t k_blocks = plan.padded / kBlock;
   const int64_t block_floats = kBlock * plan.kernel_vectors(p) * 16;
-  float* packed = static_cast<float*>(
-      scratch(0, plan.blocks * k_blocks * block_floats * sizeof(float)));
+  float* packed =
+      static_cast<float*>(scratch(0, plan.blocks * k_blocks * block_floats * sizeof(float)));
   parallel_for(plan.blocks * k_blocks, [&](int64_t task) {
     pack_weights<T>(p, plan, task / k_blocks, task % k_blocks * kBlock,
                     packed + task * block_floats);
@@ -298,9 +297,12 @@ void run(const ConvReluPoolGradParams& q) {
 
 void backward_data_any(const ConvReluPoolGradParams& q) {
   switch (q.p.dtype) {
-    case DType::kFloat: return run<float>(q);
-    case DType::kBFloat16: return run<BFloat16>(q);
-    default: return run<Half>(q);
+    case DType::kFloat:
+      return run<float>(q);
+    case DType::kBFloat16:
+      return run<BFloat16>(q);
+    default:
+      return run<Half>(q);
   }
 }
 #endif  // __AVX512F__

@@ -12,8 +12,8 @@ namespace pyops::cpu::PYOPS_ISA {
 namespace {
 
 constexpr int kTaps = 9;
-constexpr int kTable = 96;    // vectors of 4 winners: 24 KB of weights at a time stay in L1
-constexpr int kTasks = 64;    // at most, as each keeps its own sums of grad_weight
+constexpr int kTable = 96;  // vectors of 4 winners: 24 KB of weights at a time stay in L1
+constexpr int kTasks = 64;  // at most, as each keeps its own sums of grad_weight
 
 // Adds one row of windows to tiles of 2x2 pixels: out[c][tile row 0 or 1][tile][4]. An output
 // channel's weights are at table + entry * 8 for its winner.
@@ -56,8 +56,8 @@ void spread(const float* g, const uint8_t* entries, int64_t stride, int64_t coun
       for (int i = 1; i < kWays; ++i) total = _mm512_add_ps(total, sum[i][c]);
       // Columns 0 and 1 are this tile's, 2 and 3 the next one's.
       total = _mm512_permutexvar_ps(tiled, total);
-      const __m256 done = _mm256_add_ps(_mm512_castps512_ps256(total),
-                                        _mm512_castps512_ps256(carry[c]));
+      const __m256 done =
+          _mm256_add_ps(_mm512_castps512_ps256(total), _mm512_castps512_ps256(carry[c]));
       carry[c] = _mm512_castps256_ps512(_mm512_extractf32x8_ps(total, 1));
       float* upper = out + c * plane + x * 4;
       float* lower = upper + row;
@@ -88,8 +88,8 @@ void correlate(const float* patches, int64_t patch_stride, const float* g, const
           t ? _mm512_add_epi32(corner, _mm512_set1_epi32(t / 3 * 4 + t % 3)) : corner;
 #pragma GCC unroll 3
       for (int c = 0; c < kChannels; ++c) {
-        acc[c][t] = _mm512_fmadd_ps(
-            v, _mm512_permutexvar_ps(place, _mm512_load_ps(patch + c * 16)), acc[c][t]);
+        acc[c][t] = _mm512_fmadd_ps(v, _mm512_permutexvar_ps(place, _mm512_load_ps(patch + c * 16)),
+                                    acc[c][t]);
       }
     }
   }
@@ -124,21 +124,21 @@ void add_gradients(const float* g, int64_t stride, int64_t windows, float* sum) 
     }
   }
   for (; i < windows; ++i) part[0] = _mm512_add_ps(part[0], _mm512_loadu_ps(g + i * stride));
-  const __m512 total = _mm512_add_ps(_mm512_add_ps(part[0], part[1]),
-                                     _mm512_add_ps(part[2], part[3]));
+  const __m512 total =
+      _mm512_add_ps(_mm512_add_ps(part[0], part[1]), _mm512_add_ps(part[2], part[3]));
   _mm512_store_ps(sum, _mm512_add_ps(_mm512_load_ps(sum), total));
 }
 
 // How the work is cut: a task is some images, or a band of window rows of one image. Depends on
 // shapes alone, so that the result does too.
 struct Plan {
-  int64_t channels, padded;        // input channels; output channels rounded up to 16
+  int64_t channels, padded;                   // input channels; output channels rounded up to 16
   int64_t images, rows, bands, image_groups;  // a task: images, window rows
-  int64_t group;                   // window rows taken at once
-  int64_t table_channels;          // output channels of which the weights are in L1
-  int64_t tile_row, tile_plane;    // floats
-  int64_t pixel_row, pixel_plane;  // floats
-  int64_t sums;                    // floats a task keeps for the sums of grad_weight and grad_bias
+  int64_t group;                              // window rows taken at once
+  int64_t table_channels;                     // output channels of which the weights are in L1
+  int64_t tile_row, tile_plane;               // floats
+  int64_t pixel_row, pixel_plane;             // floats
+  int64_t sums;  // floats a task keeps for the sums of grad_weight and grad_bias
 
   explicit Plan(const ConvReluPoolParams& p) {
     channels = p.in_channels;
@@ -151,7 +151,8 @@ struct Plan {
     image_groups = ceil_div(p.batch, images);
     group = max64(1, min64(64 / p.out_w, rows));
     tile_row = ceil_div((max64(p.out_w + 1, ceil_div(p.in_w + p.pad_w, 2))) * 4 + 64, 32) * 32;
-    tile_plane = (max64(rows + 2, ceil_div(p.in_h + p.pad_h, 2) - (bands - 1) * rows + 2)) * tile_row;
+    tile_plane =
+        (max64(rows + 2, ceil_div(p.in_h + p.pad_h, 2) - (bands - 1) * rows + 2)) * tile_row;
     pixel_row = ceil_div(max64(2 * p.out_w + 2, p.pad_w + p.in_w) + 16, 16) * 16;
     pixel_plane = (2 * group + 2) * pixel_row;
     sums = padded * (channels * kTaps + 1);
@@ -311,10 +312,9 @@ void run(const ConvReluPoolGradParams& q) {
             const int64_t channels = min64(plan.table_channels, plan.padded - k);
             for (int64_t i = 0; i < count; ++i) {
               const int64_t at = i * p.out_w * plan.padded + k;
-              kSpread[plan.channels - 1](g + at, entries + at, plan.padded, channels,
-                                         table + k * 4 * plan.channels * 16, p.out_w,
-                                         tiles + (y + i - tile0) * plan.tile_row, plan.tile_plane,
-                                         plan.tile_row);
+              kSpread[plan.channels - 1](
+                  g + at, entries + at, plan.padded, channels, table + k * 4 * plan.channels * 16,
+                  p.out_w, tiles + (y + i - tile0) * plan.tile_row, plan.tile_plane, plan.tile_row);
             }
           }
         }
@@ -369,9 +369,12 @@ void run(const ConvReluPoolGradParams& q) {
 
 void backward_stem(const ConvReluPoolGradParams& q) {
   switch (q.p.dtype) {
-    case DType::kFloat: return run<float>(q);
-    case DType::kBFloat16: return run<BFloat16>(q);
-    default: return run<Half>(q);
+    case DType::kFloat:
+      return run<float>(q);
+    case DType::kBFloat16:
+      return run<BFloat16>(q);
+    default:
+      return run<Half>(q);
   }
 }
 #endif  // __AVX512F__

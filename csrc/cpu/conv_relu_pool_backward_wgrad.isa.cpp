@@ -49,12 +49,15 @@ void accumulate(const char* x, int64_t row_bytes, const float* g, const int32_t*
   }
 }
 
-#define PYOPS_ROWS(v)                                                                      \
-  {                                                                                        \
-    accumulate<1, v>, accumulate<2, v>, accumulate<3, v>, accumulate<(v < 6 ? 4 : 3), v>,  \
-        accumulate<(v < 6 ? 5 : 3), v>, accumulate<(v < 5 ? 6 : 3), v>,                    \
-        accumulate<(v < 4 ? 7 : 3), v>, accumulate<(v < 4 ? 8 : 3), v>                     \
-  }
+#define PYOPS_ROWS(v)              \
+  {accumulate<1, v>,               \
+   accumulate<2, v>,               \
+   accumulate<3, v>,               \
+   accumulate<(v < 6 ? 4 : 3), v>, \
+   accumulate<(v < 6 ? 5 : 3), v>, \
+   accumulate<(v < 5 ? 6 : 3), v>, \
+   accumulate<(v < 4 ? 7 : 3), v>, \
+   accumulate<(v < 4 ? 8 : 3), v>}
 constexpr Accumulate kAccumulate[kMaxVectors][kMaxRows] = {
     PYOPS_ROWS(1), PYOPS_ROWS(2), PYOPS_ROWS(3), PYOPS_ROWS(4), PYOPS_ROWS(5), PYOPS_ROWS(6)};
 #undef PYOPS_ROWS
@@ -62,14 +65,15 @@ constexpr int kRowsThatFit[kMaxVectors] = {8, 8, 8, 6, 5, 3};
 
 // How the work is cut. Depends on shapes alone, so that the result does too.
 struct Plan {
-  int64_t blocks, channels;      // of input channels, and how many each has
-  int64_t vectors, sum_row;      // a kernel row of one block, and its floats
-  int64_t sum_floats;            // of one block, all output channels
+  int64_t blocks, channels;                      // of input channels, and how many each has
+  int64_t vectors, sum_row;                      // a kernel row of one block, and its floats
+  int64_t sum_floats;                            // of one block, all output channels
   int64_t tile_w, tile_h, tile_cols, tile_rows;  // windows a tile; tiles
-  int64_t step_y, step_x;        // input pixels from one window to the next
-  int64_t width, height, row_bytes;  // of the packed input under a row of tiles
-  int64_t chunks, units_each, units;  // a unit is a row of tiles
+  int64_t step_y, step_x;                        // input pixels from one window to the next
+  int64_t width, height, row_bytes;              // of the packed input under a row of tiles
+  int64_t chunks, units_each, units;             // a unit is a row of tiles
   int64_t piece_rows, piece_vectors;
+  bool stream;  // grad_weight is too large to be fetched into the caches just to be overwritten
 
   explicit Plan(const ConvReluPoolParams& p) {
     const int64_t widest = p.kernel_w == 1 ? 96 : p.kernel_w <= 3 ? 32 : 16;
@@ -87,8 +91,9 @@ struct Plan {
     tile_w = ceil_div(p.out_w, tile_cols);
     const int64_t tile_pixels = span(tile_w, step_x, p.pool_w, p.stride_w, p.kernel_w);
     tile_h = kMaxSlots / kTileRow;
-    while (tile_h > 1 && span(tile_h, step_y, p.pool_h, p.stride_h, p.kernel_h) * tile_pixels *
-                                 channels * 4 > (24 << 10)) {
+    while (tile_h > 1 &&
+           span(tile_h, step_y, p.pool_h, p.stride_h, p.kernel_h) * tile_pixels * channels * 4 >
+               (24 << 10)) {
       --tile_h;
     }
     tile_rows = ceil_div(p.out_h, tile_h);
@@ -110,9 +115,9 @@ struct Plan {
     piece_vectors = ceil_div(vectors, ceil_div(vectors, kMaxVectors));
     const int64_t fit = kRowsThatFit[piece_vectors - 1];
     piece_rows = ceil_div(p.kernel_h, ceil_div(p.kernel_h, fit));
+    stream = p.out_channels * p.in_channels * p.kernel_h * p.kernel_w >= 1 << 20;
   }
-  static int64_t span(int64_t windows, int64_t step, int64_t pool, int64_t stride,
-                      int64_t kernel) {
+  static int64_t span(int64_t windows, int64_t step, int64_t pool, int64_t stride, int64_t kernel) {
     return (windows - 1) * step + (pool - 1) * stride + kernel;
   }
 };
@@ -215,19 +220,31 @@ struct WinnerOffsets {
   }
 };
 
+PYOPS_INLINE long long load_eight(const uint8_t* p) {
+  long long v;
+  std::memcpy(&v, p, 8);
+  return v;
+}
+PYOPS_INLINE __m512 load_halves(const float* a, const float* b) {
+  return _mm512_insertf32x8(_mm512_castps256_ps512(_mm256_loadu_ps(a)), _mm256_loadu_ps(b), 1);
+}
+template <class T>
+PYOPS_INLINE __m512 load_halves(const T* a, const T* b) {
+  return _mm512_insertf32x8(load16(a, 0xff), _mm512_castps512_ps256(load16(b, 0xff)), 1);
+}
+
 template <class T>
 void gather_tile(const ConvReluPoolParams& p, const Plan& plan, const T* grad,
-                 const Passing& passing, const WinnerOffsets& winners, int64_t image, int64_t row0,
+                 const Passing passing, const WinnerOffsets& winners, int64_t image, int64_t row0,
                  int64_t rows, int64_t col0, int64_t cols, int64_t channel, TileGradients* tile) {
   const int64_t plane = p.out_h * p.out_w;
   const int64_t channels = min64(16, p.out_channels - channel);
   const __mmask16 half = first_lanes(cols);
   const int32_t step_y = static_cast<int32_t>(plan.step_y * plan.row_bytes);
   const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2, 3, 4, 5, 6, 7);
-  const __m512i columns =
-      _mm512_mullo_epi32(lane, _mm512_set1_epi32(static_cast<int32_t>(plan.step_x * plan.channels * 4)));
-  const int64_t ahead =
-      channel + 16 < p.out_channels ? 16 * plane : plan.tile_w - channel * plane;
+  const __m512i columns = _mm512_mullo_epi32(
+      lane, _mm512_set1_epi32(static_cast<int32_t>(plan.step_x * plan.channels * 4)));
+  const int64_t width = p.out_w;
   for (int64_t k = 0; k < channels; ++k) tile->alive[k] = 0;
   for (int64_t y = 0; y < rows; y += 2) {
     const bool two = y + 1 < rows;
@@ -256,6 +273,12 @@ void gather_tile(const ConvReluPoolParams& p, const Plan& plan, const T* grad,
       }
       transpose16(g);
     }
+    const int64_t at = (image * p.out_channels + channel) * plane + (row0 + y) * p.out_w + col0;
+    const T* from = grad + at;
+    const uint8_t* code = p.codes + at;
+    const bool full = valid == 0xffff;
+    float* to_g = tile->g + y * kTileRow;
+    int32_t* to_offsets = tile->offsets + y * kTileRow;
     for (int64_t k = 0; k < channels; ++k) {
       __m512 v;
       __m128i c;
@@ -263,21 +286,23 @@ void gather_tile(const ConvReluPoolParams& p, const Plan& plan, const T* grad,
         v = g[k];
         c = codes[k];
       } else {
-        const int64_t at = (image * p.out_channels + channel + k) * plane + (row0 + y) * p.out_w + col0;
-        c = _mm_unpacklo_epi64(_mm_maskz_loadu_epi8(half, p.codes + at),
-                               _mm_maskz_loadu_epi8(upper, p.codes + at + p.out_w));
-        // Planes are too far apart for the hardware to foresee what comes next.
-        _mm_prefetch(grad + at + ahead, _MM_HINT_T0);
-        _mm_prefetch(grad + at + p.out_w + ahead, _MM_HINT_T0);
-        _mm_prefetch(p.codes + at + ahead, _MM_HINT_T0);
-        _mm_prefetch(p.codes + at + p.out_w + ahead, _MM_HINT_T0);
-        v = _mm512_insertf32x8(load16(grad + at, half),
-                               _mm512_castps512_ps256(load16(grad + at + p.out_w, upper)), 1);
+        if (full) {
+          c = _mm_set_epi64x(load_eight(code + width), load_eight(code));
+          v = load_halves(from, from + width);
+        } else {
+          c = _mm_unpacklo_epi64(_mm_maskz_loadu_epi8(half, code),
+                                 _mm_maskz_loadu_epi8(upper, code + width));
+          v = _mm512_insertf32x8(load16(from, half),
+                                 _mm512_castps512_ps256(load16(from + width, upper)), 1);
+        }
+        code += plane;
+        from += plane;
       }
-      const int64_t slot = k * kMaxSlots + y * kTileRow;
-      _mm512_store_ps(tile->g + slot, passing.apply(v, c, valid));
-      _mm512_store_si512(tile->offsets + slot, _mm512_add_epi32(base, winners(c)));
+      _mm512_store_ps(to_g, passing.apply(v, c, valid));
+      _mm512_store_si512(to_offsets, _mm512_add_epi32(base, winners(c)));
       tile->alive[k] |= static_cast<uint64_t>(passing.alive(c, valid)) << (y * kTileRow);
+      to_g += kMaxSlots;
+      to_offsets += kMaxSlots;
     }
   }
 }
@@ -333,11 +358,17 @@ void write_weight(const ConvReluPoolParams& p, const Plan& plan, int64_t k, int6
       }
       const int64_t count = min64(16, channels - c) * 9;
       T* to = out + c * 9;
-      if (float* whole = whole_floats(to, count == 144)) {
+      alignas(64) float flat[144];
+      float* whole = whole_floats(to, count == 144);
+      if (whole && plan.stream && reinterpret_cast<uintptr_t>(whole) % 64 == 0) {
+        transpose_taps(v, flat);
+        for (int i = 0; i < 9; ++i) _mm512_stream_ps(whole + i * 16, _mm512_load_ps(flat + i * 16));
+        continue;
+      }
+      if (whole) {
         transpose_taps(v, whole);
         continue;
       }
-      alignas(64) float flat[144];
       transpose_taps(v, flat);
       for (int64_t i = 0; i < count; i += 16) {
         store16(to + i, first_lanes(count - i), _mm512_load_ps(flat + i));
@@ -367,9 +398,10 @@ void run(const ConvReluPoolGradParams& q) {
   T* out = static_cast<T*>(q.grad_weight);
   const int64_t kernel_floats = p.kernel_h * plan.sum_row;
   const int64_t chunk_stride = plan.blocks * plan.sum_floats;
-  float* partial = plan.chunks == 1 ? nullptr
-                                    : static_cast<float*>(scratch(
-                                          0, plan.chunks * chunk_stride * sizeof(float)));
+  float* partial =
+      plan.chunks == 1
+          ? nullptr
+          : static_cast<float*>(scratch(0, plan.chunks * chunk_stride * sizeof(float)));
 
   parallel_for(plan.chunks * plan.blocks, [&](int64_t task) {
     const int64_t chunk = task / plan.blocks, block = task % plan.blocks;
@@ -410,6 +442,7 @@ void run(const ConvReluPoolGradParams& q) {
     for (int64_t k = 0; k < p.out_channels; ++k) {
       write_weight(p, plan, k, block, sums + k * kernel_floats, 1, 0, out);
     }
+    _mm_sfence();  // streamed stores
   });
 
   if (!partial) return;
@@ -422,6 +455,7 @@ void run(const ConvReluPoolGradParams& q) {
                      plan.chunks, chunk_stride, out);
       }
     }
+    _mm_sfence();  // streamed stores
   });
 }
 
@@ -429,9 +463,12 @@ void run(const ConvReluPoolGradParams& q) {
 
 void backward_weight_any(const ConvReluPoolGradParams& q) {
   switch (q.p.dtype) {
-    case DType::kFloat: return run<float>(q);
-    case DType::kBFloat16: return run<BFloat16>(q);
-    default: return run<Half>(q);
+    case DType::kFloat:
+      return run<float>(q);
+    case DType::kBFloat16:
+      return run<BFloat16>(q);
+    default:
+      return run<Half>(q);
   }
 }
 #endif  // __AVX512F__

@@ -20,8 +20,7 @@ struct Plan {
   int64_t channels, out_channels;  // of one group
   int64_t taps, blocks, bands, band_rows;
   int64_t columns, column_stride, row_stride;  // of the scratch copy
-  bool in_place;
-  const int32_t *offsets, *copy_offsets;  // of each tap, in the input and in the scratch copy
+  const int32_t* offsets;                      // of each tap in the scratch copy
 
   int64_t input_rows(int64_t conv_rows) const {
     return (conv_rows - 1) * p.stride_h + (p.kernel_h - 1) * p.dilation_h + 1;
@@ -58,41 +57,49 @@ struct Lanes {
 template <class T>
 void copy_pixels(const Plan& plan, const Lanes& lanes, const T* src, int64_t count, float* dst) {
   const ConvReluPoolParams& p = plan.p;
-  const int64_t plane = p.in_h * p.in_w;
-  for (int64_t j = 0; j < plan.channels; ++j, dst += kLanes) {
-    if (!p.channels_last) {
-      for (int64_t x = 0; x < count; x += kLanes) {
-        Vec m[kLanes];
-        const int64_t pixels = min(kLanes, count - x);
-        if (pixels == kLanes) {
-#pragma GCC unroll 16
-          for (int i = 0; i < kLanes; ++i) {
-            const T* from = src + (lanes.channel[i] + j) * plane + x;
-            __builtin_prefetch(from + p.in_w);
-            m[i] = load(from);
-          }
-        } else {
-          for (int i = 0; i < kLanes; ++i) {
-            m[i] = load_part(src + (lanes.channel[i] + j) * plane + x, pixels);
-          }
+  const int64_t plane = p.channels_last ? 1 : p.in_h * p.in_w;
+  const int64_t pixel = p.channels_last ? p.in_channels : 1;
+  if (lanes.span > kLanes) {
+    for (int64_t x = 0; x < count; ++x, dst += plan.column_stride) {
+      for (int64_t j = 0; j < plan.channels; ++j) {
+        for (int i = 0; i < kLanes; ++i) {
+          dst[j * kLanes + i] = to_float(src[(lanes.channel[i] + j) * plane + x * pixel]);
         }
-        transpose(m);
-        for (int64_t i = 0; i < pixels; ++i) store(dst + (x + i) * plan.column_stride, m[i]);
       }
-    } else if (lanes.span <= kLanes) {
-      const bool in_order = plan.channels == 1 && plan.out_channels == 1;
-      const VecInt place = lanes.place + static_cast<int32_t>(j);
-      for (int64_t x = 0; x < count; ++x) {
-        const T* pixel = src + x * p.in_channels + lanes.first;
-        __builtin_prefetch(pixel + p.in_w * p.in_channels);
-        const Vec v = load_part(pixel, p.in_channels - lanes.first);
-        store(dst + x * plan.column_stride, in_order ? v : __builtin_shuffle(v, place));
+    }
+    return;
+  }
+  const bool in_order = plan.channels == 1 && plan.out_channels == 1;
+  const T* first = src + lanes.first * plane;
+  for (int64_t x = 0; x < count; x += kLanes) {
+    const int64_t pixels = min(kLanes, count - x);
+    Vec m[kLanes] = {};  // the channels of each pixel
+    if (p.channels_last) {
+      for (int64_t i = 0; i < pixels; ++i) {
+        const T* at = first + (x + i) * pixel;
+        __builtin_prefetch(at + p.in_w * pixel);
+        m[i] = load_part(at, p.in_channels - lanes.first);
       }
     } else {
-      for (int64_t x = 0; x < count; ++x) {
+      if (lanes.span == kLanes && pixels == kLanes) {
+#pragma GCC unroll 16
         for (int i = 0; i < kLanes; ++i) {
-          dst[x * plan.column_stride + i] = to_float(src[x * p.in_channels + lanes.channel[i] + j]);
+          __builtin_prefetch(first + i * plane + x + p.in_w);
+          m[i] = load(first + i * plane + x);
         }
+      } else {
+        for (int64_t i = 0; i < lanes.span; ++i) m[i] = load_part(first + i * plane + x, pixels);
+      }
+      transpose(m);
+    }
+    for (int64_t i = 0; i < pixels; ++i, dst += plan.column_stride) {
+      if (in_order) {
+        store(dst, m[i]);
+        continue;
+      }
+      VecInt place = lanes.place;
+      for (int64_t j = 0; j < plan.channels; ++j, place += 1) {
+        store(dst + j * kLanes, __builtin_shuffle(m[i], place));
       }
     }
   }
@@ -117,48 +124,6 @@ void pack_input(const Plan& plan, const Lanes& lanes, const T* image, int64_t co
   }
 }
 
-// Depthwise, channels_last, float: lanes lie side by side in the input, so no copy is needed.
-// Taps outside the image are left out: whole kernel rows are a run of taps, and at the sides the
-// runs within a kernel row are taken one by one.
-void convolve_in_place(const Plan& plan, const float* weight, const float* input, int64_t begin,
-                       int64_t end, float* sums) {
-  const ConvReluPoolParams& p = plan.p;
-  const int64_t step = p.stride_w * p.in_channels;
-  // Pixels [left, right) have all their columns inside.
-  const int64_t reach = p.in_w - 1 + p.pad_w - (p.kernel_w - 1) * p.dilation_w;
-  const int64_t left = min(p.conv_w, ceil_div(p.pad_w, p.stride_w));
-  const int64_t right = max(left, reach < 0 ? 0 : min(p.conv_w, reach / p.stride_w + 1));
-  ConvolveRows inner{weight, plan.offsets, 0, 1, right - left, step, 0};
-  for (int64_t y = begin; y < end; ++y, sums += p.conv_w * kLanes) {
-    const int64_t first_row = y * p.stride_h - p.pad_h;
-    const int64_t r_begin = min(p.kernel_h, max(0, ceil_div(-first_row, p.dilation_h)));
-    const int64_t r_end = max(r_begin, min(p.kernel_h, ceil_div(p.in_h - first_row, p.dilation_h)));
-    const auto pixel = [&](int64_t x) {
-      return input + (first_row * p.in_w + x * p.stride_w - p.pad_w) * p.in_channels;
-    };
-    for (int64_t x = 0; x < p.conv_w; x = x + 1 == left ? right : x + 1) {
-      if (x == left && left < right) x = right;
-      if (x >= p.conv_w) break;
-      const int64_t first_column = x * p.stride_w - p.pad_w;
-      const int64_t s_begin = min(p.kernel_w, max(0, ceil_div(-first_column, p.dilation_w)));
-      const int64_t s_end =
-          max(s_begin, min(p.kernel_w, ceil_div(p.in_w - first_column, p.dilation_w)));
-      store(sums + x * kLanes, Vec{});
-      for (int64_t r = r_begin; r < r_end; ++r) {
-        const int64_t tap = r * p.kernel_w + s_begin;
-        tile<Operand::kVector, 1, 1>(pixel(x), 0, plan.offsets + tap, s_end - s_begin,
-                                     weight + tap * kLanes, sums + x * kLanes, true);
-      }
-    }
-    if (left == right) continue;
-    const int64_t tap = r_begin * p.kernel_w;
-    inner.offsets = plan.offsets + tap;
-    inner.weight = weight + tap * kLanes;
-    inner.taps = (r_end - r_begin) * p.kernel_w;
-    convolve_rows<Operand::kVector>(inner, pixel(left), 1, sums + left * kLanes);
-  }
-}
-
 template <class T>
 void run_task(const Plan& plan, int64_t index) {
   const ConvReluPoolParams& p = plan.p;
@@ -178,21 +143,20 @@ void run_task(const Plan& plan, int64_t index) {
   }
   const T* image = static_cast<const T*>(p.input) + n * p.in_channels * p.in_h * p.in_w;
   const Channels channels{n, k, lanes.valid, 1};
-  if (plan.in_place && lanes.valid == kLanes) {
-    const float* first = static_cast<const float*>(static_cast<const void*>(image)) + k;
-    finish_band<T>(p, channels, row_begin, row_end, [&](int64_t begin, int64_t end, float* sums) {
-      convolve_in_place(plan, weight, first, begin, end, sums);
-    });
-    return;
-  }
   const int64_t conv_begin = pool_begin(p, row_begin);
   const int64_t rows = plan.input_rows(pool_end(p, row_end - 1) - conv_begin);
   float* input = static_cast<float*>(scratch(4, rows * plan.row_stride * 4));
   pack_input<T>(plan, lanes, image, conv_begin, rows, input);
 
   const int64_t row_step = p.stride_h * plan.row_stride;
-  const ConvolveRows convolve{
-      weight, plan.copy_offsets, plan.taps, 1, p.conv_w, p.stride_w * plan.column_stride, row_step};
+  const ConvolveRows convolve{weight,
+                              plan.offsets,
+                              plan.taps,
+                              taps_per_sum(p.kernel_h * p.kernel_w),
+                              1,
+                              p.conv_w,
+                              p.stride_w * plan.column_stride,
+                              row_step};
   finish_band<T>(p, channels, row_begin, row_end, [&](int64_t begin, int64_t end, float* sums) {
     convolve_rows<Operand::kVector>(convolve, input + (begin - conv_begin) * row_step, end - begin,
                                     sums);
@@ -220,8 +184,7 @@ bool conv_relu_pool_depthwise(const ConvReluPoolParams& p) {
   plan.columns = (p.conv_w - 1) * p.stride_w + (p.kernel_w - 1) * p.dilation_w + 1;
   plan.column_stride = plan.channels * kLanes;
   plan.row_stride = plan.columns * plan.column_stride;
-  const int64_t span = (p.kernel_h - 1) * p.dilation_h + 1;
-  if (span * plan.row_stride >= int64_t{1} << 31) return false;
+  if (((p.kernel_h - 1) * p.dilation_h + 1) * plan.row_stride >= int64_t{1} << 31) return false;
   if (p.batch == 0 || p.out_channels == 0 || p.out_h == 0 || p.out_w == 0) return true;
 
   plan.blocks = ceil_div(p.out_channels, kLanes);
@@ -239,21 +202,16 @@ bool conv_relu_pool_depthwise(const ConvReluPoolParams& p) {
   }
   plan.bands = ceil_div(p.out_h, plan.band_rows);
 
-  plan.in_place = p.channels_last && p.dtype == DType::kFloat && plan.channels == 1 &&
-                  plan.out_channels == 1 && span * p.in_w * p.in_channels < int64_t{1} << 31;
-  int32_t* offsets = static_cast<int32_t*>(scratch(1, 2 * plan.taps * 4));
-  plan.copy_offsets = offsets;
-  plan.offsets = offsets + plan.taps;
-  for (int64_t j = 0; j < plan.channels; ++j) {
+  int32_t* offsets = static_cast<int32_t*>(scratch(1, plan.taps * 4));
+  for (int64_t j = 0, t = 0; j < plan.channels; ++j) {
     for (int64_t r = 0; r < p.kernel_h; ++r) {
-      for (int64_t s = 0; s < p.kernel_w; ++s, ++offsets) {
-        const int64_t y = r * p.dilation_h, x = s * p.dilation_w;
-        offsets[0] =
-            static_cast<int32_t>(j * kLanes + y * plan.row_stride + x * plan.column_stride);
-        offsets[plan.taps] = static_cast<int32_t>((y * p.in_w + x) * p.in_channels);
+      for (int64_t s = 0; s < p.kernel_w; ++s, ++t) {
+        offsets[t] = static_cast<int32_t>(j * kLanes + r * p.dilation_h * plan.row_stride +
+                                          s * p.dilation_w * plan.column_stride);
       }
     }
   }
+  plan.offsets = offsets;
   if (p.dtype == DType::kFloat) run<float>(plan);
   if (p.dtype == DType::kBFloat16) run<BFloat16>(plan);
   if (p.dtype == DType::kHalf) run<Half>(plan);

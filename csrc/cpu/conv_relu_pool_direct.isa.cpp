@@ -16,11 +16,13 @@
 namespace pyops::cpu::PYOPS_ISA {
 namespace {
 
+constexpr int64_t kPlanesAhead = 2;         // input planes whose rows are prefetched
 constexpr int64_t kInputBytes = 448 << 10;  // of a task, to stay in the second-level cache
 
 struct Plan {
   ConvReluPoolParams p;
   bool pairs;                      // words are two bfloat16
+  bool in_place;                   // the input is read where it lies
   int64_t channels, out_channels;  // of one group
   int64_t words;                   // of one pixel
   int64_t taps, packed_taps;       // of one output channel; rounded up to whole vectors
@@ -133,6 +135,11 @@ void pack_input(const Plan& plan, int64_t n, int64_t group, int64_t conv_row, in
         std::memset(row, 0, plan.columns * 4);
         continue;
       }
+      // Planes are too far apart for the hardware to run ahead.
+      const char* later = reinterpret_cast<const char*>(src + kPlanesAhead * plane + y * p.in_w);
+      for (int64_t i = 0; i < (end - begin) * step * static_cast<int64_t>(sizeof(T)); i += 64) {
+        __builtin_prefetch(later + i);
+      }
       for (int64_t i = 0; i < begin; ++i) row[i] = 0;
       copy_row(src + y * p.in_w, plane, plan.channels - channel, plan.pairs, step, end - begin,
                row + begin);
@@ -150,10 +157,30 @@ PYOPS_INLINE void weight_words(const Plan& plan, const BFloat16* src, int64_t ta
                                float* dst) {
   if (!plan.pairs) return copy_words(src + tap, 1, count, dst);
   const int64_t area = plan.p.kernel_h * plan.p.kernel_w;
+  if (area == 1 && plan.channels % 2 == 0) {
+    std::memcpy(dst, src + 2 * tap, count * 4);
+    return;
+  }
   int64_t word = tap / area, place = tap % area;
   for (const int64_t end = tap + count; tap < end; ++word, place = 0) {
     const BFloat16* low = src + 2 * word * area + place;
     const int64_t length = min(area - place, end - tap);
+#if defined(__AVX512BF16__)
+    if (length == area && area <= kLanes && 2 * word + 1 < plan.channels) {
+      // Both channels in one load, their halves interleaved by one permutation.
+      const __mmask32 both = static_cast<__mmask32>((uint64_t{1} << 2 * area) - 1);
+      const __m512i order = _mm512_add_epi16(
+          _mm512_set1_epi32(static_cast<int32_t>(area << 16)),
+          _mm512_set_epi32(0xf000f, 0xe000e, 0xd000d, 0xc000c, 0xb000b, 0xa000a, 0x90009, 0x80008,
+                           0x70007, 0x60006, 0x50005, 0x40004, 0x30003, 0x20002, 0x10001, 0));
+      const __m512i halves = _mm512_maskz_loadu_epi16(both, low);
+      _mm512_mask_storeu_epi32(dst, static_cast<__mmask16>((1u << area) - 1),
+                               _mm512_permutexvar_epi16(order, halves));
+      tap += length;
+      dst += length;
+      continue;
+    }
+#endif
     copy_pairs(low, 2 * word + 1 < plan.channels ? low + area : nullptr, 1, length, dst);
     tap += length;
     dst += length;
@@ -208,11 +235,20 @@ void run_task(const Plan& plan, const float* weight, int64_t index) {
 
   const int64_t conv_begin = pool_begin(p, row_begin);
   const int64_t rows = plan.input_rows(pool_end(p, row_end - 1) - conv_begin);
-  float* input = static_cast<float*>(scratch(4, rows * plan.row_stride * 4));
-  pack_input<T>(plan, n, g, conv_begin, rows, input);
+  const float* input;
+  if (plan.in_place) {
+    const T* first = static_cast<const T*>(p.input) + g * plan.channels +
+                     (n * p.in_h + conv_begin * p.stride_h) * p.in_w * p.in_channels;
+    input = static_cast<const float*>(static_cast<const void*>(first));
+  } else {
+    float* copy = static_cast<float*>(scratch(4, rows * plan.row_stride * 4));
+    pack_input<T>(plan, n, g, conv_begin, rows, copy);
+    input = copy;
+  }
 
-  ConvolveRows convolve{nullptr,  plan.offsets,    plan.taps,         0,
-                        p.conv_w, plan.pixel_step, plan.conv_row_step};
+  ConvolveRows convolve{
+      nullptr, plan.offsets, plan.taps,       taps_per_sum(p.kernel_h * p.kernel_w),
+      0,       p.conv_w,     plan.pixel_step, plan.conv_row_step};
   for (int64_t block = block_begin; block < block_end; ++block) {
     const int64_t k = block * kBlock;
     convolve.weight = weight + g * plan.group_floats() + k * plan.packed_taps;
@@ -260,6 +296,12 @@ void split_work(Plan* plan) {
   }
 }
 
+// Tap offsets are 32-bit.
+bool fits_offsets(const Plan& plan) {
+  const double rows = static_cast<double>((plan.p.kernel_h - 1) * plan.p.dilation_h + 1);
+  return rows * static_cast<double>(plan.row_stride) < 2e9;
+}
+
 bool make_plan(const ConvReluPoolParams& p, Plan* plan) {
   plan->p = p;
   plan->pairs = false;
@@ -289,11 +331,23 @@ bool make_plan(const ConvReluPoolParams& p, Plan* plan) {
     plan->word_stride = plan->columns < 64 ? plan->columns : (plan->columns + 15) / 16 * 16 | 16;
     plan->row_stride = plan->words * plan->word_stride;
   }
+  // Pixels that lie in the input as they would in the copy are read there. (Pitches of many cache
+  // lines are not: pixels would share few cache sets.)
+  const int64_t per_word = plan->pairs ? 2 : 1, pitch = p.in_channels / per_word;
+  const int64_t same_set = p.kernel_h * p.kernel_w == 1 ? 512 : 128;
+  plan->in_place = p.channels_last && (p.dtype == DType::kFloat || plan->pairs) && p.pad_h == 0 &&
+                   p.pad_w == 0 && plan->channels % per_word == 0 &&
+                   p.in_channels % per_word == 0 && pitch * p.stride_w % same_set != 0;
+  if (plan->in_place) {
+    plan->column_stride = pitch;
+    plan->row_stride = p.in_w * pitch;
+    plan->pixel_step = p.stride_w * pitch;
+    plan->conv_row_step = p.stride_h * plan->row_stride;
+    return fits_offsets(*plan);
+  }
   plan->pixel_step = (p.kernel_w == 1 ? 1 : p.stride_w) * plan->column_stride;
   plan->conv_row_step = (p.kernel_h == 1 ? 1 : p.stride_h) * plan->row_stride;
-  const double kernel_span = static_cast<double>((p.kernel_h - 1) * p.dilation_h + 1) *
-                             static_cast<double>(plan->row_stride);
-  return kernel_span < 2e9;  // tap offsets are 32-bit
+  return fits_offsets(*plan);
 }
 
 template <class T>

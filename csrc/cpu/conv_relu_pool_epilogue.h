@@ -8,7 +8,7 @@
 namespace pyops::cpu::PYOPS_ISA {
 namespace {
 
-constexpr int kBlockVecs = 2;                       // vectors of output channels worked on at once
+constexpr int kBlockVecs = 2;  // vectors of output channels worked on at once
 constexpr int kBlockChannels = kBlockVecs * kLanes;
 
 struct Epilogue {
@@ -46,8 +46,8 @@ PYOPS_INLINE Vec pool_window(const Epilogue& e, const Vec (&x)[4], VecInt* code)
   if (e.pool == Pool::kAvg) {
     const Vec sum = e.activate(x[0]) + e.activate(x[1]) + e.activate(x[2]) + e.activate(x[3]);
     if (e.with_codes) {
-      *code = (e.passes(x[0]) & 1) | (e.passes(x[1]) & 2) | (e.passes(x[2]) & 4) |
-              (e.passes(x[3]) & 8);
+      *code =
+          (e.passes(x[0]) & 1) | (e.passes(x[1]) & 2) | (e.passes(x[2]) & 4) | (e.passes(x[3]) & 8);
     }
     return sum * 0.25f;
   }
@@ -55,7 +55,7 @@ PYOPS_INLINE Vec pool_window(const Epilogue& e, const Vec (&x)[4], VecInt* code)
     if constexpr (kFinite) {
       return e.activate(max_finite(max_finite(x[0], x[1]), max_finite(x[2], x[3])));
     } else {
-      return e.activate(max_nan(max_nan(x[0], x[1]), max_nan(x[2], x[3])));
+      return e.activate(max_nan(x[0], x[1], x[2], x[3]));
     }
   }
   // As torch: the first of equal values wins, and a NaN over everything before it.
@@ -120,7 +120,8 @@ void store_runs(const ConvReluPoolParams& p, const Run* runs, int num_runs, cons
           if (j < live) store_first(output + to + j * plane + i, columns[j], count);
         }
         if (codes == nullptr) continue;
-        load_transposed(reinterpret_cast<const float*>(codes) + first + i * kBlockChannels, columns);
+        load_transposed(reinterpret_cast<const float*>(codes) + first + i * kBlockChannels,
+                        columns);
 #pragma GCC unroll 16
         for (int j = 0; j < kLanes; ++j) {
           if (j >= live) continue;

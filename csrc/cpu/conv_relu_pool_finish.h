@@ -188,11 +188,12 @@ template <class T>
 void finish_rows(const ConvReluPoolParams& p, const Channels& channels, const float* sums,
                  int64_t first_conv_row, int64_t row, int64_t row_end) {
   const PoolPixels pool = select_pool(p);
-  const int64_t area = p.out_h * p.out_w;
+  const int64_t area = p.out_h * p.out_w, stride = channels.vectors * kLanes;
+  const bool plain = p.pool == Pool::kNone && !p.codes;
   for (int64_t v = 0; v * kLanes < channels.count; ++v) {
     const int64_t valid = min(kLanes, channels.count - v * kLanes);
     const int64_t k = channels.first + v * kLanes;
-    ConvRows conv{sums + v * kLanes, first_conv_row, channels.vectors * kLanes, Vec{}};
+    ConvRows conv{sums + v * kLanes, first_conv_row, stride, Vec{}};
     if (p.bias) {
       const T* bias = static_cast<const T*>(p.bias) + k;
       for (int64_t i = 0; i < valid; ++i) conv.bias[i] = to_float(bias[i]);
@@ -200,9 +201,21 @@ void finish_rows(const ConvReluPoolParams& p, const Channels& channels, const fl
     for (int64_t flat = row * p.out_w; flat < row_end * p.out_w; flat += kLanes) {
       const int64_t count = min(kLanes, row_end * p.out_w - flat);
       Vec values[kLanes], codes[kLanes];
-      pool(p, conv, flat, count, values, codes);
+      if (plain && count == kLanes) {
+        const float* at = sums + (flat - first_conv_row * p.conv_w) * stride + v * kLanes;
+#pragma GCC unroll 16
+        for (int i = 0; i < kLanes; ++i) values[i] = activate(p, load(at + i * stride) + conv.bias);
+      } else {
+        pool(p, conv, flat, count, values, codes);
+      }
       if (p.channels_last) {
         const int64_t at = (channels.n * area + flat) * p.out_channels + k;
+        if (!p.codes && count == kLanes && valid == kLanes) {
+          T* to = static_cast<T*>(p.output) + at;
+#pragma GCC unroll 16
+          for (int i = 0; i < kLanes; ++i, to += p.out_channels) store(to, values[i]);
+          continue;
+        }
         for (int64_t i = 0; i < count; ++i) {
           const int64_t to = at + i * p.out_channels;
           store_part(static_cast<T*>(p.output) + to, values[i], valid);
@@ -212,8 +225,14 @@ void finish_rows(const ConvReluPoolParams& p, const Channels& channels, const fl
       }
       const int64_t at = (channels.n * p.out_channels + k) * area + flat;
       transpose(values);
-      for (int64_t i = 0; i < valid; ++i) {
-        store_part(static_cast<T*>(p.output) + at + i * area, values[i], count);
+      if (valid == kLanes && count == kLanes) {
+        T* to = static_cast<T*>(p.output) + at;
+#pragma GCC unroll 16
+        for (int i = 0; i < kLanes; ++i, to += area) store(to, values[i]);
+      } else {
+        for (int64_t i = 0; i < valid; ++i) {
+          store_part(static_cast<T*>(p.output) + at + i * area, values[i], count);
+        }
       }
       if (p.codes) {
         transpose(codes);

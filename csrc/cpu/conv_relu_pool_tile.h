@@ -19,7 +19,11 @@ constexpr int kVectors = 2;
 constexpr int kBlock = kVectors * kLanes;  // output channels in a block
 // Taps summed in registers from zero before they are added to the sum in memory: bounds the
 // rounding error of long sums, and keeps a block's weights for them in the first-level cache.
-constexpr int64_t kTapsPerSum = 160;
+// Kernels of few taps get shorter sums: the libraries that accuracy is compared with sum each
+// tap's channels apart.
+PYOPS_INLINE int64_t taps_per_sum(int64_t kernel_area) {
+  return kernel_area == 1 || kernel_area >= 9 ? 160 : 80;
+}
 constexpr int64_t kAhead = 16;  // taps whose weights are prefetched
 
 // What a weight vector is multiplied by: one float or one pair of bfloat16, the same in every
@@ -97,7 +101,7 @@ Tile select_tile(int64_t vectors, int64_t pixels, Ints<kPixels...>) {
 struct ConvolveRows {
   const float* weight;     // [tap][vectors * kLanes]
   const int32_t* offsets;  // [tap], in floats from a pixel's place in the input
-  int64_t taps, vectors;
+  int64_t taps, taps_per_sum, vectors;
   int64_t width, pixel_step, row_step;  // pixels in a row; from one pixel or row to the next
 };
 
@@ -109,7 +113,7 @@ void convolve_rows(const ConvolveRows& c, const float* input, int64_t rows, floa
   const int64_t wide_tiles = c.width % tiles;
   const Tile wide = select_tile<kOperand>(c.vectors, min(pixels + 1, kMaxPixels), Pixels());
   const Tile narrow = select_tile<kOperand>(c.vectors, pixels, Pixels());
-  const int64_t parts = ceil_div(c.taps, kTapsPerSum), channels = c.vectors * kLanes;
+  const int64_t parts = ceil_div(c.taps, c.taps_per_sum), channels = c.vectors * kLanes;
   for (int64_t part = 0; part < parts; ++part) {
     const int64_t tap = c.taps * part / parts, taps = c.taps * (part + 1) / parts - tap;
     for (int64_t y = 0; y < rows; ++y) {
@@ -132,6 +136,15 @@ void copy_words(const T* src, int64_t step, int64_t count, float* dst) {
   int64_t i = 0;
   if (step == 1) {
     for (; i + kLanes <= count; i += kLanes) store(dst + i, load(src + i));
+  }
+  if (step == 2) {
+    VecInt even;
+    for (int j = 0; j < kLanes; ++j) even[j] = 2 * j;
+    // Not the last vector, which would read beyond the last element.
+    for (; i + kLanes < count; i += kLanes) {
+      const Vec low = load(src + 2 * i), high = load(src + 2 * i + kLanes);
+      store(dst + i, __builtin_shuffle(low, high, even));
+    }
   }
   for (; i < count; ++i) dst[i] = to_float(src[i * step]);
 }

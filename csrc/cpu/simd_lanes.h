@@ -20,10 +20,22 @@ PYOPS_INLINE Vec fma(Vec a, Vec b, Vec c) {
 // For operands known not to be NaN: one instruction.
 PYOPS_INLINE Vec max_finite(Vec a, Vec b) { return a > b ? a : b; }
 
+// The largest of four; NaN if one of them is NaN.
+PYOPS_INLINE Vec max_nan(Vec a, Vec b, Vec c, Vec d) {
+  const Vec most = max_finite(max_finite(a, b), max_finite(c, d)), nan = splat(__builtin_nanf(""));
+#if defined(__AVX512F__)
+  const __mmask16 unordered =
+      _mm512_cmp_ps_mask(a, b, _CMP_UNORD_Q) | _mm512_cmp_ps_mask(c, d, _CMP_UNORD_Q);
+  return _mm512_mask_mov_ps(most, unordered, nan);
+#else
+  return (a != a) | (b != b) | (c != c) | (d != d) ? nan : most;
+#endif
+}
+
 PYOPS_INLINE bool any(VecInt mask) {
 #if defined(__AVX512F__)
-  return _mm512_test_epi32_mask(reinterpret_cast<__m512i>(mask),
-                                reinterpret_cast<__m512i>(mask)) != 0;
+  return _mm512_test_epi32_mask(reinterpret_cast<__m512i>(mask), reinterpret_cast<__m512i>(mask)) !=
+         0;
 #elif defined(__AVX2__)
   return _mm256_movemask_ps(reinterpret_cast<__m256>(mask)) != 0;
 #else
@@ -88,6 +100,22 @@ PYOPS_INLINE void store_bytes(uint8_t* p, VecInt v, int count) {
   _mm512_mask_cvtepi32_storeu_epi8(p, first_lanes(count), reinterpret_cast<__m512i>(v));
 #else
   for (int i = 0; i < kLanes && i < count; ++i) p[i] = static_cast<uint8_t>(v[i]);
+#endif
+}
+
+// a and b end to end: the elements at even places, and those at odd ones.
+PYOPS_INLINE void split_even_odd(Vec a, Vec b, Vec* even, Vec* odd) {
+#if defined(__AVX512F__)
+  const __m512i step = _mm512_set_epi32(30, 28, 26, 24, 22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0);
+  *even = _mm512_permutex2var_ps(a, step, b);
+  *odd = _mm512_permutex2var_ps(a, _mm512_add_epi32(step, _mm512_set1_epi32(1)), b);
+#else
+  for (int i = 0; i < kLanes / 2; ++i) {
+    (*even)[i] = a[2 * i];
+    (*odd)[i] = a[2 * i + 1];
+    (*even)[kLanes / 2 + i] = b[2 * i];
+    (*odd)[kLanes / 2 + i] = b[2 * i + 1];
+  }
 #endif
 }
 

@@ -142,10 +142,10 @@ def _step_settings(step: Step) -> Settings | None:
         if read is None or args or kwargs or not is_untouched(function):
             return None
         return read(function)
-    bind = _FUNCTIONS.get(function)
     try:
+        bind = _FUNCTIONS.get(function)
         return None if bind is None else bind(*args, **kwargs)
-    except TypeError:  # wrong arguments: the call itself says it best
+    except TypeError:  # unhashable, or wrong arguments: the call itself says it best
         return None
 
 
@@ -292,7 +292,7 @@ _FUNCTION_KINDS = {
 
 
 def kind_of(value: Any) -> str | None:
-    """ "relu", "max_pool" and so on for what can follow a convolution; None for anything else."""
+    """The kind, such as "relu", of what can follow a convolution; None for anything else."""
     if isinstance(value, nn.Module):
         return _MODULE_KINDS.get(type(value))
     bind = _FUNCTIONS.get(value) if isinstance(value, Hashable) else None

@@ -61,14 +61,13 @@ def measure(shape: ConvShape, dtype: torch.dtype, direction: str, options: Optio
         for backend in options.backends
         for layout in options.layouts
     }
-    verdicts, refused = {}, {}
+    verdicts, without = {}, {}
     for key, fn in ours.items():
         try:
             verdicts[key] = reference.verdicts(fn, LAYOUTS[key[1]])
-        except RuntimeError as error:
-            if key[0] == "auto" or not is_refusal(error):
-                raise
-            refused[key] = str(error)
+        except Exception as error:  # one that fails must not keep the others from being measured
+            refused = key[0] != "auto" and is_refusal(error)
+            without[key] = {"passed": None if refused else False, "reason": first_line(error)}
 
     calls: dict[tuple[str, str], Callable[[], object]] = {}
     for (backend, layout), fn in ours.items():
@@ -98,8 +97,8 @@ def measure(shape: ConvShape, dtype: torch.dtype, direction: str, options: Optio
     found = []
     for backend, layout in ours:
         row: Row = {**common, "backend": backend, "layout": layout}
-        if (backend, layout) in refused:
-            found.append({**row, "passed": None, "refused": refused[backend, layout]})
+        if (backend, layout) in without:
+            found.append({**row, **without[backend, layout], "speedup": None})
             continue
         timing, verdict = timings[backend, layout], verdicts[backend, layout]
         passed = agreement.worst(verdict.values()).passed
@@ -122,9 +121,9 @@ def measure(shape: ConvShape, dtype: torch.dtype, direction: str, options: Optio
     return found
 
 
-def is_refusal(error: RuntimeError) -> bool:
+def is_refusal(error: Exception) -> bool:
     """Whether an explicit backend says that it is not here or does not take the arguments."""
-    return str(error).startswith("backend: ")
+    return isinstance(error, RuntimeError) and str(error).startswith("backend: ")
 
 
 def bind(

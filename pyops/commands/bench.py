@@ -126,8 +126,8 @@ def _rows(
 
 def progress_line(row: Row) -> str:
     name = f"{row['op']} {row['shape']} {row['dtype']} {row['direction']} {row['layout']}"
-    if row["passed"] is None:
-        return f"{name}: {row['backend']} refuses: {row['refused']}"
+    if "reason" in row:
+        return f"{name}: backend {row['backend']}: {row['reason']}"
     speedup = f"{row['speedup']:.2f}x of {row['best_baseline']}" if row["speedup"] else "-"
     return f"{name}: {row['median_ms']:.3g} ms, {speedup if row['passed'] else 'CHECK FAILED'}"
 
@@ -153,8 +153,9 @@ def render(rows: list[Row]) -> str:
         if row["op"].startswith("model"):
             head[0] = f"{row['op'].removeprefix('model ')} {row['shape']}"
         times = [milliseconds(row["baselines_ms"].get(name)) for name in baselines]
-        if row["passed"] is None:
-            lines.append([*head, *["-"] * 8, *times, "refused"])
+        if "reason" in row:
+            status = "refused" if row["passed"] is None else "FAILED"
+            lines.append([*head, *["-"] * 8, *times, status])
             continue
         errors = [v for v in row["error_ratio"].values() if v is not None]
         lines.append(

@@ -159,9 +159,8 @@ def _note(result: Result, verdicts: dict[str, Verdict]) -> None:
 
 def _note_error(result: Result, error: Exception) -> None:
     # An explicit backend may refuse what it does not support; automatic choice may not.
-    refusal = isinstance(error, RuntimeError) and is_refusal(error)
     explicit = result.backend not in ("auto", "reference")
-    result.status = "refused" if refusal and explicit else "FAILED"
+    result.status = "refused" if explicit and is_refusal(error) else "FAILED"
     result.output = result.gradient = math.nan
     result.reason = first_line(error)
 

@@ -41,7 +41,7 @@ PLAIN, FAST = "reference", "fast"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, default=Path("demo"), help="folder (default: demo)")
-    parser.add_argument("--epochs", type=positive_int, default=12, help="default: %(default)s")
+    parser.add_argument("--epochs", type=positive_int, default=16, help="default: %(default)s")
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     parser.add_argument(
         "--models", nargs="*", choices=INFERENCE, default=list(INFERENCE), help="for inference"

@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--ops", choices=training.OPS, help="this package's ops or plain torch (default: fast)"
     )
     parser.add_argument(
-        "--epochs", type=positive_int, default=12, help="epochs in all (default: %(default)s)"
+        "--epochs", type=positive_int, default=16, help="epochs in all (default: %(default)s)"
     )
     parser.add_argument("--seed", type=int, help="of weights and order of the data (default: 0)")
     parser.add_argument("--batch-size", type=positive_int, help="images a step (default: 32)")

@@ -37,6 +37,11 @@ def register_autocast(op: str, tensor_arguments: int) -> None:
         _libraries.append(library)
 
 
+def autocasting(device: torch.device) -> bool:
+    """Whether autocast is on for tensors of this device; torch refuses the question for some kinds."""
+    return device.type in ("cpu", "cuda") and torch.is_autocast_enabled(device.type)
+
+
 def autocast_to(dtype: torch.dtype, tensor: torch.Tensor) -> torch.Tensor:
     """`tensor` as autocast hands it on: floating tensors but float64 ones are cast."""
     if not tensor.is_floating_point() or tensor.dtype == torch.float64:

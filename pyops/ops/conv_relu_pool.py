@@ -79,7 +79,7 @@ def conv_relu_pool2d(
         _check_tensors(input, weight)
     else:
         _check_tensors(input, weight, bias)
-    if torch.is_autocast_enabled(input.device.type):
+    if registration.autocasting(input.device):
         dtype = torch.get_autocast_dtype(input.device.type)
         input, weight = (
             registration.autocast_to(dtype, input),
@@ -134,7 +134,7 @@ def _check_tensors(input: Tensor, weight: Tensor, bias: Tensor | None = None) ->
     arguments.floating_tensor("weight", weight)
     if bias is not None:
         arguments.floating_tensor("bias", bias)
-    if torch.is_autocast_enabled(input.device.type):
+    if registration.autocasting(input.device):
         return  # dtypes are made equal below; devices are the op's to check
     arguments.like("weight", weight, "input", input)
     if bias is not None:
@@ -335,7 +335,6 @@ def _refusal(
     return None
 
 
-@functools.cache
 def _operator(backend: str) -> Any:
     if backend == "triton":
         return torch.ops.pyops.conv_relu_pool2d_triton.default

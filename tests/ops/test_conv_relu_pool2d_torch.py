@@ -96,9 +96,10 @@ def test_fake_agrees_with_real(name):
     for dtype in (torch.float32, torch.bfloat16):
         for layout, change in LAYOUTS_OF_INPUT.items():
             x, w, b = (t.detach() for t in leaves_of(name, dtype))
-            real = torch.ops.pyops.conv_relu_pool2d(change(x), w, b, *spec_of(name), True)
-            with FakeTensorMode(allow_non_fake_inputs=False) as mode:
-                fakes = [mode.from_tensor(t) for t in (change(x), w, b)]
+            real_inputs = (change(x), w, b)
+            real = torch.ops.pyops.conv_relu_pool2d(*real_inputs, *spec_of(name), True)
+            with FakeTensorMode() as mode:
+                fakes = [mode.from_tensor(t) for t in real_inputs]
                 fake = torch.ops.pyops.conv_relu_pool2d(*fakes, *spec_of(name), True)
             for f, r in zip(fake, real, strict=True):
                 assert f.shape == r.shape and f.dtype == r.dtype and f.stride() == r.stride(), layout

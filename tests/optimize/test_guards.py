@@ -164,11 +164,27 @@ def test_unbatched_and_other_dtypes(net, fused):
     assert len(fused) == 4
 
 
-@pytest.mark.parametrize("bad", [X[0, 0], X.double(), X.long(), X[None], X[:, :2]])
-def test_bad_input_is_refused(bad, net):
-    pyops.optimize(net)
-    with pytest.raises((RuntimeError, ValueError)):
+@pytest.mark.parametrize("bad", [X[0, 0], X[None], X.double(), X.long(), X.to_sparse()])
+def test_input_the_op_does_not_take_gets_torchs_own_error(bad, net):
+    with pytest.raises(Exception) as expected:
         net(bad)
+    pyops.optimize(net)
+    with pytest.raises(expected.type) as got:
+        net(bad)
+    assert str(got.value) == str(expected.value)
+
+
+def test_complex_models_get_torchs_own_error(net):
+    net.to(torch.complex64)
+    pyops.optimize(net)
+    with pytest.raises(RuntimeError, match="[Cc]omplex"):
+        net(X.to(torch.complex64))
+
+
+def test_wrong_channels_are_refused(net):
+    pyops.optimize(net)
+    with pytest.raises(ValueError, match="channels"):
+        net(X[:, :2])
 
 
 @pytest.mark.parametrize("pool", [nn.MaxPool2d(2), nn.AvgPool2d(2), nn.Identity()])

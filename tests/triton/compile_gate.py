@@ -1,7 +1,8 @@
 """Compiles the Triton kernels for GPUs that need not be here and tells what ptxas made of them.
 
-The launchers are called with meta tensors, and what they would launch is compiled: the same kernels,
-arguments, specialisations and configs. Run as a program of its own, without Triton's interpreter.
+The launchers are called with meta tensors, and what they would launch is compiled: the same
+kernels, arguments, specialisations and configs. Run as a program of its own, without Triton's
+interpreter.
 """
 
 import contextlib
@@ -19,12 +20,11 @@ os.environ["TRITON_DUMP_PTXAS_LOG"] = "1"
 
 import torch  # noqa: E402  (Triton reads the environment as it is imported)
 import triton
+from pyops.triton_kernels import common, conv_relu_pool
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import CUDABackend
 from triton.compiler import ASTSource
 from triton.runtime.jit import create_function_from_signature
-
-from pyops.triton_kernels import common, conv_relu_pool
 
 
 @dataclass
@@ -37,13 +37,15 @@ class Compiled:
     spill_bytes: int
     shared: int
     matrix_instructions: int  # wgmma on 90, tcgen05 on 100, mma.sync on 80
+    tensor_cores: bool  # any of those
     serialised: list[str]
 
 
 def meta(channels, out, size, taps=3, *, dtype=torch.bfloat16, padding=1, stride=1, **options):
     """A call on channels_last meta tensors: (tensors, what `forward` takes after them, codes)."""
     batch = options.pop("batch", 8)
-    layout = torch.channels_last if options.pop("channels_last", True) else torch.contiguous_format
+    last = options.pop("channels_last", True)
+    layout = torch.channels_last if last else torch.contiguous_format
     groups = options.pop("groups", 1)
     x = torch.empty(batch, channels, size, size, device="meta", dtype=dtype, memory_format=layout)
     w = torch.empty(out, channels // groups, taps, taps, device="meta", dtype=dtype)
@@ -62,15 +64,20 @@ def meta(channels, out, size, taps=3, *, dtype=torch.bfloat16, padding=1, stride
 
 
 ALEXNET = {"window": (3, 3), "step": (2, 2)}
-# One of each class of config: by boxes or pointers, few channels, unaligned ones, overlapping windows, each dtype.
+# One of each class of config: by boxes or pointers, few channels, unaligned ones, overlapping
+# windows, each dtype.
 FORWARD = {
     "128 to 128": meta(128, 128, 112),
     "64 to 64": meta(64, 64, 224),
-    "float16, 24 to 32, average": meta(24, 32, 28, dtype=torch.float16, pool="avg"),
+    "64 to 64, int64": meta(64, 64, 224, batch=2000),
+    "float16, 24 to 32, average": meta(
+        24, 32, 28, dtype=torch.float16, pool="avg", activation="leaky_relu"
+    ),
     "TF32, 128 to 128": meta(128, 128, 112, dtype=torch.float32),
     "float32 exact": meta(64, 64, 56, dtype=torch.float32, precise=True),
     "AlexNet 2, 3x3 windows": meta(64, 192, 27, 5, padding=2, **ALEXNET),
     "3 to 64": meta(3, 64, 224),
+    "3 to 64, NCHW, int64": meta(3, 64, 224, batch=3000, channels_last=False),
     "AlexNet 1, 3x3 windows": meta(3, 64, 224, 11, padding=2, stride=4, **ALEXNET),
     "ResNet, stride 2, no pool": meta(256, 256, 28, stride=2, pool="none"),
     "67 to 45, unaligned": meta(67, 45, 57, ceil_mode=True),
@@ -79,8 +86,10 @@ FORWARD = {
 BACKWARD = (
     "128 to 128",
     "float32 exact",
+    "3 to 64, NCHW, int64",
+    "64 to 64, int64",
+    "float16, 24 to 32, average",
     "AlexNet 2, 3x3 windows",
-    "3 to 64",
     "67 to 45, unaligned",
 )
 
@@ -88,7 +97,9 @@ BACKWARD = (
 def jobs(archs) -> list[tuple[int, str, bool]]:
     """(architecture, case, whether backward)."""
     forward = [(arch, name, False) for arch in archs for name in FORWARD]
-    return [(arch, name, True) for arch in archs for name in BACKWARD] + forward
+    # The backward kernels differ less between architectures than between cases.
+    few = BACKWARD[:3]
+    return [(a, name, True) for a in archs for name in (BACKWARD if a == 90 else few)] + forward
 
 
 def compile_case(job: tuple[int, str, bool]) -> list[dict]:
@@ -166,7 +177,7 @@ def _compile(case: str, arch: int, kernel, config, bind) -> Compiled:
     log = log.getvalue()
     used = re.search(r"Used (\d+) registers", log)
     spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log)
-    instruction = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}[arch]
+    instructions = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
     return Compiled(
         case=case,
         kernel=kernel.__name__,
@@ -175,7 +186,8 @@ def _compile(case: str, arch: int, kernel, config, bind) -> Compiled:
         registers=int(used[1]),
         spill_bytes=int(spills[1]) + int(spills[2]),
         shared=compiled.metadata.shared,
-        matrix_instructions=compiled.asm["ptx"].count(instruction),
+        matrix_instructions=compiled.asm["ptx"].count(instructions[arch]),
+        tensor_cores=any(name in compiled.asm["ptx"] for name in instructions.values()),
         # C7510 to C7518 tell of serialised wgmma. C7519, an arrive that ptxas adds, costs nothing.
         serialised=re.findall(r"\(C75(?!19).*|.*Potential Performance Loss.*", log),
     )

@@ -1,4 +1,4 @@
-"""Without a GPU the Triton kernels run under Triton's interpreter, which must be chosen before its import."""
+"""Without a GPU the kernels run under Triton's interpreter, chosen before Triton's import."""
 
 import os
 import sys

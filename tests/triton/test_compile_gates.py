@@ -62,18 +62,20 @@ def test_wgmma_is_not_serialised(compiled):
 
 
 def test_tensor_cores(compiled):
-    """All but the sum for the bias, exact float32, and tiles of fewer than 64 channels on 90 use them."""
-    idle = {
-        (row["case"], row["kernel"], row["arch"])
+    """All use them but the bias's sum, and exact float32, which must not."""
+
+    def expected(row):
+        return "exact" not in row["case"] and not row["kernel"].endswith("bias_kernel")
+
+    assert [row for row in compiled if row["tensor_cores"] != expected(row)] == []
+
+
+def test_the_widest_instruction(compiled):
+    """wgmma on 90 and tcgen05 on 100, but where fewer than 64 rows make Triton take mma.sync."""
+    narrow = [
+        (row["case"], row["arch"])
         for row in compiled
-        if row["matrix_instructions"] == 0
-        and "exact" not in row["case"]
-        and not row["kernel"].endswith("bias_kernel")
-    }
-    # 64 rows are the least of a wgmma: below, Triton takes mma.sync.
-    few = {
-        ("3 to 64", "conv_relu_pool_backward_input_kernel", 90),
-        ("float16, 24 to 32, average", "conv_relu_pool_forward_tma_kernel", 90),
-    }
-    few |= {(case, kernel, 100) for case, kernel, _ in few}
-    assert idle <= few
+        if row["tensor_cores"] and not row["matrix_instructions"]
+    ]
+    few = ("3 to 64, NCHW, int64", "float16, 24 to 32, average")
+    assert set(narrow) <= {(case, arch) for case in few for arch in (90, 100)}
