@@ -32,7 +32,7 @@ test: $(READY)
 	$(RUN) -m pytest -q
 
 bench: $(READY)
-	$(RUN) -m pyops bench conv_relu_pool --out $(OUT)
+	$(RUN) -m pyops bench conv_relu_pool --backward both --out $(OUT)
 
 build: $(READY)
 
@@ -42,7 +42,7 @@ gpu-test: $(READY)
 	$(RUN) -m pytest -q -m gpu --junitxml=$(OUT)/gpu-test.xml
 
 gpu-bench: $(READY)
-	$(RUN) -m pyops bench conv_relu_pool --device cuda --out $(OUT) --budget $(BUDGET)
+	$(RUN) -m pyops bench conv_relu_pool --device cuda --backward both --out $(OUT) --budget $(BUDGET)
 
 lint: $(VENV)/.linters
 	$(PY) -m ruff check .

@@ -87,9 +87,14 @@ def test_import_costs_less_than_150_ms_beyond_torch():
 @pytest.fixture
 def copy_of_package(tmp_path):
     """The package's Python files somewhere else, and how to import from there."""
-    shutil.copytree(PACKAGE, tmp_path / "pyops", ignore=shutil.ignore_patterns("__pycache__", "*.so"))
+    shutil.copytree(
+        PACKAGE, tmp_path / "pyops", ignore=shutil.ignore_patterns("__pycache__", "*.so")
+    )
     before = f"import sys\nsys.path.insert(0, {str(tmp_path)!r})\n"
-    return tmp_path / "pyops", before + f"import pyops\nassert pyops.__file__.startswith({str(tmp_path)!r})\n"
+    return (
+        tmp_path / "pyops",
+        before + f"import pyops\nassert pyops.__file__.startswith({str(tmp_path)!r})\n",
+    )
 
 
 TRY_EVERY_BACKEND = textwrap.dedent("""

@@ -7,7 +7,7 @@ namespace pyops::cpu::PYOPS_ISA {
 #if defined(__AVX512F__)
 namespace {
 
-constexpr int64_t kFlush = 256;  // windows summed in float before they join a double
+constexpr int64_t kFlush = 64;  // values a lane sums in float before they join a double
 
 PYOPS_INLINE void flush(__m512 v, double (&sum)[16]) {
   alignas(64) float lanes[16];
@@ -73,6 +73,7 @@ bool takes(const ConvReluPoolParams& p) {
   if (p.dilation_h != 1 || p.dilation_w != 1 || !p.codes) return false;
   // Places are compared one by one; windows that overlap much leave little to skip.
   if (p.pool_h * p.pool_w > 16) return false;
+  if (p.in_w > 1 << 17) return false;  // offsets within a row of tiles are 32-bit
   return 2 * p.out_h * p.out_w <= p.conv_h * p.conv_w;
 }
 

@@ -93,14 +93,15 @@ void slide(const float* g, int64_t g_stride, const uint32_t* masks, int64_t mask
   __m512 p20 = zero, p21 = zero, p22 = zero, p23 = zero;
   __m512 p30 = zero, p31 = zero, p32 = zero, p33 = zero;
 #define PYOPS_TAP(tap, pixel) pixel = _mm512_fmadd_ps(v, _mm512_load_ps(w + (tap) * 16), pixel);
-#define PYOPS_WINNER(place, a, b, c, d, e, f, g_, h, i)                             \
-  for (uint32_t left = masks[place]; left != 0; left &= left - 1) {                 \
-    const int64_t k = __builtin_ctz(left);                                          \
-    const __m512 v = _mm512_set1_ps(g[k]);                                          \
-    const float* w = weights + k * (kTaps * 16);                                    \
-    PYOPS_TAP(0, a)                                                                 \
-    PYOPS_TAP(1, b) PYOPS_TAP(2, c) PYOPS_TAP(3, d) PYOPS_TAP(4, e) PYOPS_TAP(5, f) \
-        PYOPS_TAP(6, g_) PYOPS_TAP(7, h) PYOPS_TAP(8, i)                            \
+#define PYOPS_WINNER(place, a, b, c, d, e, f, g_, h, i)                              \
+  for (uint32_t left = masks[place]; left != 0; left &= left - 1) {                  \
+    const int64_t k = __builtin_ctz(left);                                           \
+    const __m512 v = _mm512_set1_ps(g[k]);                                           \
+    const float* w = weights + k * (kTaps * 16);                                     \
+    PYOPS_TAP(0, a)                                                                  \
+    PYOPS_TAP(1, b)                                                                  \
+    PYOPS_TAP(2, c) PYOPS_TAP(3, d) PYOPS_TAP(4, e) PYOPS_TAP(5, f) PYOPS_TAP(6, g_) \
+        PYOPS_TAP(7, h) PYOPS_TAP(8, i)                                              \
   }
 #define PYOPS_LEAVE(offset, pixel) \
   _mm512_store_ps(out + (offset), _mm512_add_ps(_mm512_load_ps(out + (offset)), pixel));
@@ -110,7 +111,8 @@ void slide(const float* g, int64_t g_stride, const uint32_t* masks, int64_t mask
     PYOPS_WINNER(2, p10, p11, p12, p20, p21, p22, p30, p31, p32)
     PYOPS_WINNER(3, p11, p12, p13, p21, p22, p23, p31, p32, p33)
     PYOPS_LEAVE(0, p00)
-    PYOPS_LEAVE(16, p01) PYOPS_LEAVE(row, p10) PYOPS_LEAVE(row + 16, p11) PYOPS_LEAVE(2 * row, p20)
+    PYOPS_LEAVE(16, p01)
+    PYOPS_LEAVE(row, p10) PYOPS_LEAVE(row + 16, p11) PYOPS_LEAVE(2 * row, p20)
         PYOPS_LEAVE(2 * row + 16, p21) PYOPS_LEAVE(3 * row, p30) PYOPS_LEAVE(3 * row + 16, p31)
             p00 = p02,
             p01 = p03, p02 = zero, p03 = zero;
@@ -122,7 +124,8 @@ void slide(const float* g, int64_t g_stride, const uint32_t* masks, int64_t mask
     out += 32;
   }
   PYOPS_LEAVE(0, p00)
-  PYOPS_LEAVE(16, p01) PYOPS_LEAVE(row, p10) PYOPS_LEAVE(row + 16, p11) PYOPS_LEAVE(2 * row, p20)
+  PYOPS_LEAVE(16, p01)
+  PYOPS_LEAVE(row, p10) PYOPS_LEAVE(row + 16, p11) PYOPS_LEAVE(2 * row, p20)
       PYOPS_LEAVE(2 * row + 16, p21) PYOPS_LEAVE(3 * row, p30) PYOPS_LEAVE(3 * row + 16, p31)
 #undef PYOPS_TAP
 #undef PYOPS_WINNER

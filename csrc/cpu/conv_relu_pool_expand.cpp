@@ -97,19 +97,60 @@ void expand(const ConvReluPoolGradParams& g, const void* output_sign, void* expa
   });
 }
 
+template <class T>
+void sum_channels_of(const ConvReluPoolParams& p, const T* expanded, T* grad_bias) {
+  constexpr int64_t kBlock = 32;
+  const int64_t pixels = p.conv_h * p.conv_w;
+  const int64_t channel_step = p.channels_last ? 1 : pixels;
+  const int64_t pixel_step = p.channels_last ? p.out_channels : 1;
+  parallel_for((p.out_channels + kBlock - 1) / kBlock, [&](int64_t block) {
+    const int64_t first = block * kBlock, count = std::min(kBlock, p.out_channels - first);
+    double sums[kBlock] = {};
+    for (int64_t n = 0; n < p.batch; ++n) {
+      const T* image = expanded + n * p.out_channels * pixels + first * channel_step;
+      if (p.channels_last) {
+        for (int64_t i = 0; i < pixels; ++i) {
+          for (int64_t k = 0; k < count; ++k) sums[k] += widen(image[i * pixel_step + k]);
+        }
+      } else {
+        for (int64_t k = 0; k < count; ++k) {
+          for (int64_t i = 0; i < pixels; ++i) sums[k] += widen(image[k * channel_step + i]);
+        }
+      }
+    }
+    using Acc = decltype(widen(T{}));
+    for (int64_t k = 0; k < count; ++k) narrow(static_cast<Acc>(sums[k]), grad_bias + first + k);
+  });
+}
+
+// Calls f with a null pointer of the element type.
+template <class F>
+void with_type(DType dtype, const F& f) {
+  switch (dtype) {
+    case DType::kFloat:
+      return f(static_cast<float*>(nullptr));
+    case DType::kBFloat16:
+      return f(static_cast<BFloat16*>(nullptr));
+    case DType::kHalf:
+      return f(static_cast<Half*>(nullptr));
+    case DType::kDouble:
+      return f(static_cast<double*>(nullptr));
+  }
+}
+
 }  // namespace
 
 void expand_gradient(const ConvReluPoolGradParams& g, const void* output_sign, void* expanded) {
-  switch (g.p.dtype) {
-    case DType::kFloat:
-      return expand<float>(g, output_sign, expanded);
-    case DType::kBFloat16:
-      return expand<BFloat16>(g, output_sign, expanded);
-    case DType::kHalf:
-      return expand<Half>(g, output_sign, expanded);
-    case DType::kDouble:
-      return expand<double>(g, output_sign, expanded);
-  }
+  with_type(g.p.dtype, [&](auto* type) {
+    expand<std::remove_pointer_t<decltype(type)>>(g, output_sign, expanded);
+  });
+}
+
+void sum_channels(const ConvReluPoolParams& p, const void* expanded, void* grad_bias) {
+  with_type(p.dtype, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    sum_channels_of(p, static_cast<const T*>(expanded), static_cast<T*>(grad_bias));
+  });
 }
 
 }  // namespace pyops::cpu

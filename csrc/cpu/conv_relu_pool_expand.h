@@ -10,4 +10,7 @@ namespace pyops::cpu {
 // pass the gradient (no pool); else null.
 void expand_gradient(const ConvReluPoolGradParams& g, const void* output_sign, void* expanded);
 
+// grad_bias (out_channels,): the expanded gradient summed over batch and pixels, in double.
+void sum_channels(const ConvReluPoolParams& p, const void* expanded, void* grad_bias);
+
 }  // namespace pyops::cpu

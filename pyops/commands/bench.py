@@ -53,7 +53,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--layout", nargs="+", choices=("nchw", "channels_last"), help="of our input and weight"
     )
-    parser.add_argument("--backend", nargs="+", default=["auto"], help="default: auto")
+    parser.add_argument(
+        "--backend", nargs="+", help="default: auto, on cuda every one with kernels for it"
+    )
     parser.add_argument(
         "--baselines", nargs="*", choices=("eager", "compile"), default=["eager", "compile"]
     )
@@ -68,7 +70,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     on_cuda = args.device.type == "cuda"
-    for backend in args.backend:
+    for backend in args.backend or ():
         if backend != "auto" and backend not in backends.NAMES:
             names = ", ".join(("auto", *backends.NAMES))
             raise CommandError(f"--backend: expected one of {names}, got {backend!r}")
@@ -116,7 +118,7 @@ def _rows(
         dtypes=dtypes,
         directions=directions[args.backward],
         layouts=layouts,
-        backends=args.backend,
+        backends=args.backend or (_gpu_backends() if on_cuda else ["auto"]),
         baselines=args.baselines,
         seconds_per_row=args.seconds,
         budget=args.budget,
@@ -124,10 +126,17 @@ def _rows(
     return conv_relu_pool.rows(selected, options)
 
 
+def _gpu_backends() -> list[str]:
+    """Those with kernels, named, since automatic choice takes none that is not proven yet."""
+    op = "conv_relu_pool2d"
+    names = [n for n in backends.NAMES if n != "reference"]
+    return [n for n in names if backends.why_not(op, n, "cuda") is None] or ["auto"]
+
+
 def progress_line(row: Row) -> str:
-    name = f"{row['op']} {row['shape']} {row['dtype']} {row['direction']} {row['layout']}"
+    name = " ".join(row[k] for k in ("op", "shape", "dtype", "direction", "layout", "backend"))
     if "reason" in row:
-        return f"{name}: backend {row['backend']}: {row['reason']}"
+        return f"{name}: {row['reason']}"
     speedup = f"{row['speedup']:.2f}x of {row['best_baseline']}" if row["speedup"] else "-"
     return f"{name}: {row['median_ms']:.3g} ms, {speedup if row['passed'] else 'CHECK FAILED'}"
 

@@ -19,6 +19,7 @@ from ..reference import conv_relu_pool as reference
 from ..reference.conv_relu_pool import ConvPoolSpec, codes_fit, conv_extents, pool_extents
 from . import _arguments as arguments
 from . import _registration as registration
+from .conv_relu_pool_rules import EagerFunction
 
 _OP = "conv_relu_pool2d"
 
@@ -121,8 +122,10 @@ def conv_relu_pool2d(
         return reference.conv_relu_pool2d(input, weight, bias, spec)
     batched = input if input.dim() == 4 else input.unsqueeze(0)
     op = _operator(use)
-    if needs_grad or compiling or get_interpreter_stack() is not None:
+    if compiling or get_interpreter_stack() is not None:
         output, _ = op(batched, weight, bias, *spec, needs_grad)
+    elif needs_grad:
+        output = EagerFunction.apply(batched, weight, bias, op, spec)
     else:  # past torch's Python autograd wrapper, which would only find nothing to do
         with torch._C._AutoDispatchBelowAutograd():
             output, _ = op(batched, weight, bias, *spec, False)
@@ -189,7 +192,7 @@ def _plan(
     )
 
 
-_cached_plan = functools.lru_cache(maxsize=4096)(_plan)
+_cached_plan = functools.lru_cache(maxsize=4096, typed=True)(_plan)
 
 
 def _spec(
@@ -335,6 +338,7 @@ def _refusal(
     return None
 
 
+@functools.cache
 def _operator(backend: str) -> Any:
     if backend == "triton":
         return torch.ops.pyops.conv_relu_pool2d_triton.default

@@ -109,8 +109,12 @@ def test_pools_in_other_dtypes(pool, dtype):
 
 # Height and width around tile boundaries; channels around vector widths.
 @LAYOUTS
-@pytest.mark.parametrize("size", [(2, 2), (3, 4), (4, 5), (7, 9), (13, 13), (16, 33), (29, 6)], ids=str)
-@pytest.mark.parametrize("channels", [(1, 1), (1, 32), (3, 20), (17, 16), (32, 64), (48, 40)], ids=str)
+@pytest.mark.parametrize(
+    "size", [(2, 2), (3, 4), (4, 5), (7, 9), (13, 13), (16, 33), (29, 6)], ids=str
+)
+@pytest.mark.parametrize(
+    "channels", [(1, 1), (1, 32), (3, 20), (17, 16), (32, 64), (48, 40)], ids=str
+)
 def test_sizes_of_the_fast_paths(size, channels, channels_last):
     c, k = channels
     x, w, b = make_inputs((4, c, *size), (k, c, 3, 3), channels_last=channels_last)
@@ -134,7 +138,9 @@ def test_sizes_of_the_fast_paths(size, channels, channels_last):
     ],
 )
 def test_benchmark_shapes(batch, channels, size, out_channels, padding, dtype):
-    x, w, b = make_inputs((batch, channels, size, size), (out_channels, channels, 3, 3), dtype=dtype)
+    x, w, b = make_inputs(
+        (batch, channels, size, size), (out_channels, channels, 3, 3), dtype=dtype
+    )
     check(x, w, b, padding=padding)
 
 
@@ -214,10 +220,12 @@ def strided_variants(t):
         "transposed": t.transpose(2, 3).contiguous().transpose(2, 3),
         "batch innermost": t.permute(1, 2, 3, 0).contiguous().permute(3, 0, 1, 2),
         "channels_last": t.contiguous(memory_format=torch.channels_last),
-        "channels_last slice": sliced.copy_(t)
-        .contiguous(memory_format=torch.channels_last)[:, :, :, :],
-        "channels_last part of channels": torch.cat([t, t.new_full(t.shape, float("nan"))], 1)
-        .contiguous(memory_format=torch.channels_last)[:, :c],
+        "channels_last slice": sliced.copy_(t).contiguous(memory_format=torch.channels_last)[
+            :, :, :, :
+        ],
+        "channels_last part of channels": torch.cat(
+            [t, t.new_full(t.shape, float("nan"))], 1
+        ).contiguous(memory_format=torch.channels_last)[:, :c],
     }
 
 
@@ -239,7 +247,7 @@ def test_strides_do_not_change_the_bits():
     x, w, b = make_inputs((2, 16, 12, 14), (32, 16, 3, 3))
     expected = pyops.conv_relu_pool2d(x, w, b, padding=1, backend="cpu")
     for name, variant in strided_variants(x).items():
-        if not variant.stride(1) == 1:
+        if variant.stride(1) != 1:
             assert torch.equal(
                 pyops.conv_relu_pool2d(variant, w, b, padding=1, backend="cpu"), expected
             ), name

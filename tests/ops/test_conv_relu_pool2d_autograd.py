@@ -28,7 +28,11 @@ OPTIONS = {
     "no pool": {"pool": None},
     "no pool leaky": {"pool": None, "activation": "leaky_relu", "negative_slope": 0.3},
     "no pool leaky slope 0": {"pool": None, "activation": "leaky_relu", "negative_slope": 0.0},
-    "no pool leaky slope below 0": {"pool": None, "activation": "leaky_relu", "negative_slope": -0.5},
+    "no pool leaky slope below 0": {
+        "pool": None,
+        "activation": "leaky_relu",
+        "negative_slope": -0.5,
+    },
     "convolution alone": {"pool": None, "activation": None},
     "dilation": {"dilation": (1, 2), "padding": (1, 0)},
     "groups": {"groups": 2, "padding": 1},
@@ -39,7 +43,9 @@ EACH = pytest.mark.parametrize("name", OPTIONS)
 
 def double_leaves(name, bias=True):
     groups = OPTIONS[name].get("groups", 1)
-    x, w, b = make_inputs((1, 2, 6, 7), (2, 2 // groups, 3, 3), bias=bias, dtype=torch.float64, seed=5)
+    x, w, b = make_inputs(
+        (1, 2, 6, 7), (2, 2 // groups, 3, 3), bias=bias, dtype=torch.float64, seed=5
+    )
     return [t.requires_grad_() for t in (x, w, b) if t is not None]
 
 
@@ -101,7 +107,9 @@ class Calls(TorchDispatchMode):
 
 @pytest.mark.parametrize("channels", [3, 32])
 @pytest.mark.parametrize("pool", ["max", "avg", None])
-@pytest.mark.parametrize("wanted", [(1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 0), (0, 1, 1), (1, 1, 1)])
+@pytest.mark.parametrize(
+    "wanted", [(1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 0), (0, 1, 1), (1, 1, 1)]
+)
 def test_only_what_is_asked_for_is_computed(channels, pool, wanted):
     x, w, b = make_inputs((2, channels, 8, 8), (8, channels, 3, 3))
     every = [t.clone().requires_grad_() for t in (x, w, b)]
@@ -255,7 +263,9 @@ def test_gradients_accumulate_over_several_backward_calls():
         (16, 16, {"pool": "avg"}),
     ],
 )
-def test_bits_repeat_over_runs_and_thread_counts(channels, out_channels, options, channels_last, dtype):
+def test_bits_repeat_over_runs_and_thread_counts(
+    channels, out_channels, options, channels_last, dtype
+):
     w_shape = (out_channels, channels // options.get("groups", 1), 3, 3)
     x, w, b = leaves_of((6, channels, 28, 28), w_shape, dtype=dtype, channels_last=channels_last)
     grad = torch.randn(plain(x, w, b, **options).shape).to(dtype)

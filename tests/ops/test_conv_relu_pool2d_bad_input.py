@@ -157,7 +157,10 @@ BAD_DIRECT = {
     "pool_stride 0": ({"pool_stride": (2, 0)}, "pool_stride: expected integers of at least 1"),
     "pool_padding": ({"pool_padding": (2, 2)}, "pool_padding: expected at most half"),
     "pool_padding below 0": ({"pool_padding": (-1, 0)}, "pool_padding: expected integers"),
-    "activation": ({"activation": "tanh"}, "activation: expected relu, leaky_relu or none, got tanh"),
+    "activation": (
+        {"activation": "tanh"},
+        "activation: expected relu, leaky_relu or none, got tanh",
+    ),
     "pool": ({"pool": "min"}, "pool: expected max, avg or none, got min"),
     "kernel over input": ({"dilation": (6, 6)}, r"input: \(2, 6, 10, 10\) is too small"),
     "pool over convolution": ({"pool_size": (11, 11)}, "is too small"),
@@ -198,9 +201,15 @@ def backward_arguments(**changed):
 
 GRAD = torch.ones(2, 8, 5, 5)
 BAD_BACKWARD = {
-    "grad_output shape": ({"grad_output": GRAD[:, :, :4]}, r"grad_output: expected shape \(2, 8, 5, 5\)"),
+    "grad_output shape": (
+        {"grad_output": GRAD[:, :, :4]},
+        r"grad_output: expected shape \(2, 8, 5, 5\)",
+    ),
     "grad_output rank": ({"grad_output": GRAD[0]}, "grad_output: expected shape"),
-    "grad_output dtype": ({"grad_output": GRAD.double()}, "grad_output: expected the dtype of input"),
+    "grad_output dtype": (
+        {"grad_output": GRAD.double()},
+        "grad_output: expected the dtype of input",
+    ),
     "codes shape": ({"codes": GRAD[:1].byte()}, "codes: expected shape"),
     "codes empty": ({"codes": torch.empty(0, dtype=torch.uint8)}, "codes: expected shape"),
     "codes dtype": ({"codes": GRAD}, "codes: expected dtype uint8"),

@@ -69,7 +69,11 @@ def calls(draw):
         "pool_padding": pool_padding,
         "ceil_mode": draw(st.booleans()),
     }
-    dtype = draw(st.sampled_from([torch.float32, torch.float32, torch.bfloat16, torch.float16, torch.float64]))
+    dtype = draw(
+        st.sampled_from(
+            [torch.float32, torch.float32, torch.bfloat16, torch.float16, torch.float64]
+        )
+    )
     return (
         (draw(st.integers(1, 3)), channels, *extent),
         (out_channels, channels // groups, *kernel),

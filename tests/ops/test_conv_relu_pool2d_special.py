@@ -29,7 +29,9 @@ LAYOUTS = pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "
 def inputs_of(path, dtype=torch.float32, channels_last=False, batch=2, size=(16, 18)):
     c, k, kernel, options = PATHS[path]
     w_shape = (k, c // options.get("groups", 1), kernel, kernel)
-    return *make_inputs((batch, c, *size), w_shape, dtype=dtype, channels_last=channels_last), dict(options)
+    return *make_inputs((batch, c, *size), w_shape, dtype=dtype, channels_last=channels_last), dict(
+        options
+    )
 
 
 def both_ways(x, w, b, grad=None, **options):
@@ -90,7 +92,9 @@ def test_constant_input_ties_whole_windows(path, channels_last):
     for value in (0.0, 1.0):
         for bias in (0.5, 0.0, -0.5):
             assert_all_equal(
-                both_ways(torch.full_like(x, value), ternary(w), torch.full_like(b, bias), **options)
+                both_ways(
+                    torch.full_like(x, value), ternary(w), torch.full_like(b, bias), **options
+                )
             )
 
 

@@ -186,7 +186,7 @@ def test_new_tensor_at_an_old_address(path):
     for factor in (1.0, -1.0, 0.5):
         storage.copy_(base * factor)
         fresh = torch.empty(0).set_(storage.untyped_storage(), 0, base.shape, base.stride())
-        assert fresh.data_ptr() == storage.data_ptr() 
+        assert fresh.data_ptr() == storage.data_ptr()
         assert_follows(x, fresh, b, options)
 
 

@@ -1,11 +1,8 @@
-"""conv_relu_pool2d inside torch: opcheck, compile, export, autocast, functorch, fake tensors, modules."""
+"""conv_relu_pool2d inside torch: opcheck, compile, export, autocast, functorch, fake tensors."""
 
 from __future__ import annotations
 
-import copy
 import io
-import pickle
-import threading
 
 import pytest
 import torch
@@ -14,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import pyops
 from pyops.nn import ConvReLUPool2d
-from pyops.testing import GRADIENT_BUDGET, assert_within_budget
+from pyops.testing import assert_within_budget
 
 OPTIONS = {
     "max": {"padding": 1},
@@ -29,7 +26,9 @@ OPTIONS = {
 EACH = pytest.mark.parametrize("name", OPTIONS)
 
 
-def leaves_of(name="max", dtype=torch.float32, batch=2, channels=4, size=(9, 10), requires_grad=True):
+def leaves_of(
+    name="max", dtype=torch.float32, batch=2, channels=4, size=(9, 10), requires_grad=True
+):
     groups = OPTIONS[name].get("groups", 1)
     x, w, b = make_inputs((batch, channels, *size), (8, channels // groups, 3, 2), dtype=dtype)
     return [t.requires_grad_(requires_grad) for t in (x, w, b)]
@@ -59,10 +58,15 @@ LAYOUTS_OF_INPUT = {
     "width before height": lambda t: t.transpose(2, 3).contiguous().transpose(2, 3),
     "batch innermost": lambda t: t.permute(1, 2, 3, 0).contiguous().permute(3, 0, 1, 2),
     "channels before batch": lambda t: t.permute(1, 0, 2, 3).contiguous().permute(1, 0, 2, 3),
-    "channels innermost, width outside": lambda t: t.permute(0, 3, 2, 1)
-    .contiguous()
-    .permute(0, 3, 2, 1),
+    "channels innermost, width outside": lambda t: (
+        t.permute(0, 3, 2, 1).contiguous().permute(0, 3, 2, 1)
+    ),
 }
+
+
+# The whole of opcheck takes seconds; what depends on strides shows in these two already.
+STRIDE_CHECKS = ("test_schema", "test_faketensor")
+EVERY_CHECK = (*STRIDE_CHECKS, "test_autograd_registration", "test_aot_dispatch_dynamic")
 
 
 @pytest.mark.parametrize("layout", LAYOUTS_OF_INPUT)
@@ -71,7 +75,9 @@ def test_opcheck(name, layout):
     x, w, b = (t.detach() for t in leaves_of(name))
     x, w = (LAYOUTS_OF_INPUT[layout](t).requires_grad_() for t in (x, w))
     torch.library.opcheck(
-        torch.ops.pyops.conv_relu_pool2d.default, (x, w, b.requires_grad_(), *spec_of(name), True)
+        torch.ops.pyops.conv_relu_pool2d.default,
+        (x, w, b.requires_grad_(), *spec_of(name), True),
+        test_utils=EVERY_CHECK if layout == "contiguous" or name == "max" else STRIDE_CHECKS,
     )
 
 
@@ -80,6 +86,7 @@ def test_opcheck(name, layout):
 @pytest.mark.parametrize("name", ["max", "avg leaky", "no pool"])
 def test_opcheck_backward(name, layout, mask):
     change = LAYOUTS_OF_INPUT[layout]
+    everything = layout in ("contiguous", "batch innermost") and all(mask)
     x, w, b = leaves_of(name, requires_grad=False)
     x, w = change(x), change(w)
     out, codes = torch.ops.pyops.conv_relu_pool2d(x, w, b, *spec_of(name), True)
@@ -88,6 +95,7 @@ def test_opcheck_backward(name, layout, mask):
     torch.library.opcheck(
         torch.ops.pyops.conv_relu_pool2d_backward.default,
         (*leaves, change(selector.detach()), *spec_of(name), list(mask)),
+        test_utils=EVERY_CHECK if everything else STRIDE_CHECKS,
     )
 
 
@@ -102,7 +110,9 @@ def test_fake_agrees_with_real(name):
                 fakes = [mode.from_tensor(t) for t in real_inputs]
                 fake = torch.ops.pyops.conv_relu_pool2d(*fakes, *spec_of(name), True)
             for f, r in zip(fake, real, strict=True):
-                assert f.shape == r.shape and f.dtype == r.dtype and f.stride() == r.stride(), layout
+                assert f.shape == r.shape and f.dtype == r.dtype and f.stride() == r.stride(), (
+                    layout
+                )
 
 
 @EACH
@@ -165,12 +175,11 @@ def test_compile_without_graph_breaks(name, dynamic):
         return pyops.conv_relu_pool2d(x.sin(), w, b, **OPTIONS[name])
 
     compiled = torch.compile(function, backend=recorder, fullgraph=True, dynamic=dynamic)
-    sizes = [(2, (9, 10)), (3, (12, 11)), (5, (16, 21)), (4, (30, 14))]
+    sizes = [(7, (9, 10)), (3, (12, 11)), (5, (16, 21)), (6, (30, 14))]
     for batch, size in sizes if dynamic else sizes[:1]:
         assert_same_step(compiled, function, leaves_of(name, batch=batch, size=size))
-    assert len(recorder.graphs) <= 2 if dynamic else len(recorder.graphs) == 1
-    targets = [str(node.target) for node in recorder.graphs[0].graph.nodes]
-    assert any("conv_relu_pool2d" in t for t in targets), targets
+    with_op = [graph for graph in recorder.graphs if "pyops.conv_relu_pool2d" in graph.code]
+    assert len(with_op) == 1, [graph.code for graph in recorder.graphs]
 
 
 @pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "nhwc"])
@@ -311,81 +320,3 @@ def test_forward_mode():
     torch.testing.assert_close(got, want)
     with pytest.raises(RuntimeError, match="backend: cpu has no forward-mode"):
         torch.func.jvp(lambda t: pyops.conv_relu_pool2d(t, w, backend="cpu"), (x,), (tangents[0],))
-
-
-def test_module_state_dict_goes_to_conv2d_and_back():
-    conv = torch.nn.Conv2d(4, 8, 3, padding=1)
-    module = ConvReLUPool2d(4, 8, 3, padding=1, backend="cpu")
-    assert list(module.state_dict()) == list(conv.state_dict()) == ["weight", "bias"]
-    x = torch.randn(2, 4, 10, 10)
-    module(x)
-    module.load_state_dict(conv.state_dict())
-    want = torch.nn.functional.max_pool2d(conv(x).relu(), 2)
-    torch.testing.assert_close(module(x), want, rtol=1e-5, atol=1e-5)
-    other = ConvReLUPool2d(4, 8, 3, padding=1)
-    conv.load_state_dict(other.state_dict())
-    assert torch.equal(conv.weight, other.weight) and torch.equal(conv.bias, other.bias)
-    assert list(ConvReLUPool2d(4, 8, 3, bias=False).state_dict()) == ["weight"]
-
-
-@pytest.mark.parametrize("how", ["deepcopy", "pickle", "torch.save"])
-def test_module_copies(how):
-    options = {"stride": 2, "pool": "avg", "pool_size": (2, 1), "activation": "leaky_relu"}
-    module = ConvReLUPool2d(4, 8, 3, padding="valid", ceil_mode=True, **{**options, "stride": 1})
-    x = torch.randn(2, 4, 11, 11)
-    expected = module(x)
-    if how == "deepcopy":
-        copied = copy.deepcopy(module)
-    elif how == "pickle":
-        copied = pickle.loads(pickle.dumps(module))
-    else:
-        buffer = io.BytesIO()
-        torch.save(module, buffer)
-        buffer.seek(0)
-        copied = torch.load(buffer, weights_only=False)
-    assert torch.equal(copied(x), expected) and repr(copied) == repr(module)
-    with torch.no_grad():
-        copied.weight.zero_()
-    assert torch.equal(module(x), expected) and not torch.equal(copied(x), expected)
-
-
-def test_module_moves_between_dtypes_and_devices():
-    module = ConvReLUPool2d(4, 8, 3, dtype=torch.bfloat16)
-    assert module(torch.randn(1, 4, 8, 8, dtype=torch.bfloat16)).dtype == torch.bfloat16
-    assert module.double()(torch.randn(1, 4, 8, 8).double()).dtype == torch.float64
-    meta = ConvReLUPool2d(4, 8, 3, device="meta")
-    assert meta(torch.empty(2, 4, 8, 8, device="meta")).shape == (2, 8, 3, 3)
-    assert "pool=max, pool_size=2" in repr(meta)
-
-
-def test_several_threads_on_a_cold_cache():
-    """Eight threads, each first to meet its own shape, forward and backward at the same time."""
-    from pyops.ops import conv_relu_pool
-
-    cases = [make_inputs((2, c, 12 + c, 14), (2 * c, c, 3, 3), seed=c) for c in (3, 5, 16, 32)] * 2
-    expected = []
-    for case in cases:
-        leaves = [t.clone().requires_grad_() for t in case]
-        out = pyops.conv_relu_pool2d(*leaves, padding=1, backend="cpu")
-        expected.append((out.detach(), *torch.autograd.grad(out.sum(), leaves)))
-    conv_relu_pool._cached_plan.cache_clear()
-    barrier, wrong = threading.Barrier(len(cases)), []
-
-    def work(index):
-        try:
-            barrier.wait()
-            for _ in range(5):
-                leaves = [t.clone().requires_grad_() for t in cases[index]]
-                out = pyops.conv_relu_pool2d(*leaves, padding=1, backend="cpu")
-                results = (out, *torch.autograd.grad(out.sum(), leaves))
-                for got, want in zip(results, expected[index], strict=True):
-                    assert torch.equal(got, want)
-        except BaseException as error:
-            wrong.append((index, error))
-
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(len(cases))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not wrong
