@@ -11,14 +11,27 @@ ROOT = Path(__file__).parent.parent
 
 
 def build(tmp_path: Path, cuda: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "setup.py", "-q", "build_ext", "--build-temp", str(tmp_path / "objects")]
+    command = [
+        sys.executable,
+        "setup.py",
+        "-q",
+        "build_ext",
+        "--build-temp",
+        str(tmp_path / "objects"),
+    ]
     environment = os.environ | {"PYOPS_CUDA": cuda}
     return subprocess.run(
-        [*command, "--build-lib", str(tmp_path)], cwd=ROOT, env=environment, capture_output=True, text=True
+        [*command, "--build-lib", str(tmp_path)],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
     )
 
 
-@pytest.mark.skipif(any((ROOT / "csrc/cuda").glob("*.cu")), reason="there are CUDA kernels to build")
+@pytest.mark.skipif(
+    any((ROOT / "csrc/cuda").glob("*.cu")), reason="there are CUDA kernels to build"
+)
 def test_cuda_wanted_but_impossible_fails(tmp_path: Path) -> None:
     result = build(tmp_path, "1")
     assert result.returncode != 0

@@ -338,7 +338,6 @@ def _refusal(
     return None
 
 
-@functools.cache
 def _operator(backend: str) -> Any:
     if backend == "triton":
         return torch.ops.pyops.conv_relu_pool2d_triton.default

@@ -128,6 +128,8 @@ CASES = {
     # By pointers.
     "few-channels": (POINTERS, Case((2, 3, 9, 11), (20, 3, 3))),
     "one-channel-bf16": (POINTERS, Case((3, 1, 12, 12), (18, 3, 3), padding=(0, 0), dtype=BF16)),
+    # Enough pixels for the weight gradient to be summed in parts, the last one shorter.
+    "pixels-in-parts": (POINTERS, Case((4, 1, 19, 19), (8, 3, 3))),
     "few-channels-last": (
         POINTERS,
         Case((1, 5, 9, 8), (6, 3, 3), channels_last=True, dtype=FP16, activation="none"),
