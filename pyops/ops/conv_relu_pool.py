@@ -6,7 +6,6 @@ autocast and vmap rules, the same for all backends, are in conv_relu_pool_rules.
 
 from __future__ import annotations
 
-import functools
 import math
 from typing import Any, NamedTuple
 
@@ -77,39 +76,36 @@ def conv_relu_pool2d(
     Convolutional Networks", 2014 (switches); the fast CPU path is Winograd's minimal filtering (Lavin
     and Gray, 2016).
     """
-    if bias is None:
-        _check_tensors(input, weight)
-    else:
+    try:
+        facts = (_facts(input), _facts(weight), None if bias is None else _facts(bias))
+    except AttributeError:  # not all of them are tensors
         _check_tensors(input, weight, bias)
+        raise
     if registration.autocasting(input.device):
         dtype = torch.get_autocast_dtype(input.device.type)
-        input, weight = (
-            registration.autocast_to(dtype, input),
-            registration.autocast_to(dtype, weight),
-        )
+        input = registration.autocast_to(dtype, input)
+        weight = registration.autocast_to(dtype, weight)
         bias = None if bias is None else registration.autocast_to(dtype, bias)
+        facts = (_facts(input), _facts(weight), None if bias is None else _facts(bias))
     options = (
         *(stride, padding, dilation, groups, activation, negative_slope),
         *(pool, pool_size, pool_stride, pool_padding, ceil_mode),
     )
-    bias_shape = None if bias is None else bias.shape
     needs_grad = torch.is_grad_enabled() and (
         input.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
     )
     compiling = torch.compiler.is_compiling()
-    make = _plan if compiling else _cached_plan
-    try:
-        plan = make(
-            *(input.shape, weight.shape, bias_shape, input.dtype, input.device),
-            *(options, backend, needs_grad),
-        )
-    except TypeError as error:  # symbolic sizes and lists cannot be cached
-        if "unhashable" not in str(error):
-            raise
-        plan = _plan(
-            *(input.shape, weight.shape, bias_shape, input.dtype, input.device),
-            *(options, backend, needs_grad),
-        )
+    if compiling:
+        plan = _plan(facts, options, backend, needs_grad, input, weight, bias)
+    else:
+        try:
+            plan = _plans[facts, options, backend, needs_grad]
+        except (
+            KeyError,
+            TypeError,
+        ):  # a new combination; or symbolic sizes and lists, which have no hash
+            plan = _plan(facts, options, backend, needs_grad, input, weight, bias)
+            _remember((facts, options, backend, needs_grad), plan)
     if plan.extra_padding is not None:
         input = F.pad(input, plan.extra_padding)
     use, spec = plan.backend, plan.spec
@@ -133,15 +129,17 @@ def conv_relu_pool2d(
     return output if input.dim() == 4 else output.squeeze(0)
 
 
-def _check_tensors(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> None:
+def _facts(tensor: Tensor) -> tuple[Any, ...]:
+    """Everything of a tensor that checks and choices depend on."""
+    return tensor.shape, tensor.dtype, tensor.device, tensor.layout
+
+
+def _check_tensors(input: Any, weight: Any, bias: Any) -> None:
     arguments.floating_tensor("input", input)
     arguments.floating_tensor("weight", weight)
-    if bias is not None:
-        arguments.floating_tensor("bias", bias)
-    if registration.autocasting(input.device):
-        return  # dtypes are made equal below; devices are the op's to check
     arguments.like("weight", weight, "input", input)
     if bias is not None:
+        arguments.floating_tensor("bias", bias)
         arguments.like("bias", bias, "input", input)
 
 
@@ -160,16 +158,18 @@ class _Plan(NamedTuple):
 
 
 def _plan(
-    input_shape: torch.Size,
-    weight_shape: torch.Size,
-    bias_shape: torch.Size | None,
-    dtype: torch.dtype,
-    device: torch.device,
+    facts: tuple[Any, ...],
     options: tuple[Any, ...],
     backend: str | None,
     needs_grad: bool,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
 ) -> _Plan:
     """Check and normalise everything that does not depend on the tensors' contents."""
+    _check_tensors(input, weight, bias)
+    (input_shape, dtype, device, _), (weight_shape, *_), _ = facts
+    bias_shape = None if bias is None else bias.shape
     if len(input_shape) not in (3, 4):
         raise ValueError(
             f"input: expected 3 or 4 dimensions, (C, H, W) or (N, C, H, W), got {tuple(input_shape)}"
@@ -193,7 +193,18 @@ def _plan(
     )
 
 
-_cached_plan = functools.lru_cache(maxsize=4096, typed=True)(_plan)
+_plans: dict[Any, _Plan] = {}
+_MOST_PLANS = 4096
+
+
+def _remember(key: Any, plan: _Plan) -> None:
+    try:
+        hash(key)
+    except TypeError:
+        return
+    if len(_plans) >= _MOST_PLANS:
+        _plans.clear()
+    _plans[key] = plan
 
 
 def _spec(
