@@ -30,7 +30,7 @@ def test_tiny_call_costs_less_than_twice_eager():
 
     torch.use_deterministic_algorithms(False)  # filling new memory is no part of either
     with torch.no_grad():
-        for attempt in range(5):
+        for _ in range(5):
             runs = [(seconds(fused), seconds(eager)) for _ in range(9)]
             ours, theirs = (min(column) for column in zip(*runs, strict=True))
             if ours < 2 * theirs:
