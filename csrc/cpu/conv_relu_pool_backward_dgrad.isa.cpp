@@ -101,22 +101,25 @@ void slide(const float* g, int64_t g_stride, const uint32_t* masks, int64_t mask
     PYOPS_TAP(0, a)                                                                  \
     PYOPS_TAP(1, b)                                                                  \
     PYOPS_TAP(2, c)                                                                  \
-    PYOPS_TAP(3, d) PYOPS_TAP(4, e) PYOPS_TAP(5, f) PYOPS_TAP(6, g_) PYOPS_TAP(7, h) \
-        PYOPS_TAP(8, i)                                                              \
+    PYOPS_TAP(3, d)                                                                  \
+    PYOPS_TAP(4, e) PYOPS_TAP(5, f) PYOPS_TAP(6, g_) PYOPS_TAP(7, h) PYOPS_TAP(8, i) \
   }
 #define PYOPS_LEAVE(offset, pixel) \
-  _mm512_store_ps(out + (offset), _mm512_add_ps(_mm512_load_ps(out + (offset)), pixel));
+  _mm512_store_ps(out + (offset), _mm512_add_ps(_mm512_load_ps(out + (offset)), pixel))
   for (int64_t x = 0; x < windows; ++x) {
-    PYOPS_WINNER(0, p00, p01, p02, p10, p11, p12, p20, p21, p22)
-    PYOPS_WINNER(1, p01, p02, p03, p11, p12, p13, p21, p22, p23)
-    PYOPS_WINNER(2, p10, p11, p12, p20, p21, p22, p30, p31, p32)
-    PYOPS_WINNER(3, p11, p12, p13, p21, p22, p23, p31, p32, p33)
-    PYOPS_LEAVE(0, p00)
-    PYOPS_LEAVE(16, p01)
-    PYOPS_LEAVE(row, p10)
-    PYOPS_LEAVE(row + 16, p11) PYOPS_LEAVE(2 * row, p20) PYOPS_LEAVE(2 * row + 16, p21)
-        PYOPS_LEAVE(3 * row, p30) PYOPS_LEAVE(3 * row + 16, p31) p00 = p02,
-                                                                 p01 = p03, p02 = zero, p03 = zero;
+    PYOPS_WINNER(0, p00, p01, p02, p10, p11, p12, p20, p21, p22);
+    PYOPS_WINNER(1, p01, p02, p03, p11, p12, p13, p21, p22, p23);
+    PYOPS_WINNER(2, p10, p11, p12, p20, p21, p22, p30, p31, p32);
+    PYOPS_WINNER(3, p11, p12, p13, p21, p22, p23, p31, p32, p33);
+    PYOPS_LEAVE(0, p00);
+    PYOPS_LEAVE(16, p01);
+    PYOPS_LEAVE(row, p10);
+    PYOPS_LEAVE(row + 16, p11);
+    PYOPS_LEAVE(2 * row, p20);
+    PYOPS_LEAVE(2 * row + 16, p21);
+    PYOPS_LEAVE(3 * row, p30);
+    PYOPS_LEAVE(3 * row + 16, p31);
+    p00 = p02, p01 = p03, p02 = zero, p03 = zero;
     p10 = p12, p11 = p13, p12 = zero, p13 = zero;
     p20 = p22, p21 = p23, p22 = zero, p23 = zero;
     p30 = p32, p31 = p33, p32 = zero, p33 = zero;
@@ -124,11 +127,14 @@ void slide(const float* g, int64_t g_stride, const uint32_t* masks, int64_t mask
     masks += mask_stride;
     out += 32;
   }
-  PYOPS_LEAVE(0, p00)
-  PYOPS_LEAVE(16, p01)
-  PYOPS_LEAVE(row, p10)
-  PYOPS_LEAVE(row + 16, p11) PYOPS_LEAVE(2 * row, p20) PYOPS_LEAVE(2 * row + 16, p21)
-      PYOPS_LEAVE(3 * row, p30) PYOPS_LEAVE(3 * row + 16, p31)
+  PYOPS_LEAVE(0, p00);
+  PYOPS_LEAVE(16, p01);
+  PYOPS_LEAVE(row, p10);
+  PYOPS_LEAVE(row + 16, p11);
+  PYOPS_LEAVE(2 * row, p20);
+  PYOPS_LEAVE(2 * row + 16, p21);
+  PYOPS_LEAVE(3 * row, p30);
+  PYOPS_LEAVE(3 * row + 16, p31);
 #undef PYOPS_TAP
 #undef PYOPS_WINNER
 #undef PYOPS_LEAVE
