@@ -10,6 +10,13 @@
 #include <string>
 #include <vector>
 
+// For calls of torch's C shim; 2.11 and later versions name it differently.
+#ifdef STABLE_TORCH_ERROR_CODE_CHECK
+#define PYOPS_SHIM_CHECK(call) STABLE_TORCH_ERROR_CODE_CHECK(call)
+#else
+#define PYOPS_SHIM_CHECK(call) TORCH_ERROR_CODE_CHECK(call)
+#endif
+
 namespace pyops {
 
 using torch::stable::Tensor;

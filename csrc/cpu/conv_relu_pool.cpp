@@ -67,8 +67,8 @@ Tensor empty_dense(const std::array<int64_t, 4>& size, bool channels_last, Scala
   const auto strides = dense_strides(size, channels_last);
   const int32_t shim_dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
   AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(4, size.data(), strides.data(), shim_dtype,
-                                                         aoti_torch_device_type_cpu(), 0, &handle));
+  PYOPS_SHIM_CHECK(aoti_torch_empty_strided(4, size.data(), strides.data(), shim_dtype,
+                                            aoti_torch_device_type_cpu(), 0, &handle));
   return Tensor(handle);
 }
 
@@ -76,8 +76,8 @@ Tensor empty_vector(int64_t size, ScalarType dtype) {
   const int64_t stride = 1;
   const int32_t shim_dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
   AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(1, &size, &stride, shim_dtype,
-                                                         aoti_torch_device_type_cpu(), 0, &handle));
+  PYOPS_SHIM_CHECK(aoti_torch_empty_strided(1, &size, &stride, shim_dtype,
+                                            aoti_torch_device_type_cpu(), 0, &handle));
   return Tensor(handle);
 }
 
@@ -250,7 +250,7 @@ void backward_by_library(const ConvReluPoolGradParams& g, const Tensor& input, c
                                      from(no_padding),
                                      from(p.groups),
                                      from(torch::headeronly::HeaderOnlyArrayRef<bool>(wanted, 3))};
-  STABLE_TORCH_ERROR_CODE_CHECK(
+  PYOPS_SHIM_CHECK(
       torch_call_dispatcher("aten::convolution_backward", "", stack.data(), TORCH_ABI_VERSION));
   for (int i = 0; i < 3; ++i) {
     Tensor result = torch::stable::detail::to<Tensor>(stack[i]);
