@@ -116,6 +116,7 @@ class NinjaBuild(build_ext):
             "  depfile = $out.d\n  deps = gcc\n  description = $out",
             "rule link",
             f"  command = {cxx} -shared -Wl,--gc-sections -s $in -o $out $libs",
+            "  description = $out",
         ]
 
         def compile_to(

@@ -12,32 +12,13 @@
 #include "../checks.h"
 #include "conv_relu_pool_expand.h"
 #include "runtime.h"
+#include "tensors.h"
 
 namespace pyops::cpu {
 namespace {
 
 using torch::headeronly::MemoryFormat;
-using torch::headeronly::ScalarType;
 using IntList = std::vector<int64_t>;
-
-DType dtype_of(const char* name, const Tensor& t) {
-  switch (t.scalar_type()) {
-    case ScalarType::Float:
-      return DType::kFloat;
-    case ScalarType::BFloat16:
-      return DType::kBFloat16;
-    case ScalarType::Half:
-      return DType::kHalf;
-    case ScalarType::Double:
-      return DType::kDouble;
-    default:
-      STD_TORCH_CHECK(false, name, ": expected dtype float32, bfloat16, float16 or float64");
-  }
-}
-
-int64_t element_size(DType dtype) {
-  return dtype == DType::kDouble ? 8 : dtype == DType::kFloat ? 4 : 2;
-}
 
 Activation activation_of(const std::string& name) {
   if (name == "relu") return Activation::kRelu;
@@ -64,21 +45,7 @@ std::array<int64_t, 4> dense_strides(const std::array<int64_t, 4>& size, bool ch
 }
 
 Tensor empty_dense(const std::array<int64_t, 4>& size, bool channels_last, ScalarType dtype) {
-  const auto strides = dense_strides(size, channels_last);
-  const int32_t shim_dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
-  AtenTensorHandle handle;
-  PYOPS_SHIM_CHECK(aoti_torch_empty_strided(4, size.data(), strides.data(), shim_dtype,
-                                            aoti_torch_device_type_cpu(), 0, &handle));
-  return Tensor(handle);
-}
-
-Tensor empty_vector(int64_t size, ScalarType dtype) {
-  const int64_t stride = 1;
-  const int32_t shim_dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
-  AtenTensorHandle handle;
-  PYOPS_SHIM_CHECK(aoti_torch_empty_strided(1, &size, &stride, shim_dtype,
-                                            aoti_torch_device_type_cpu(), 0, &handle));
-  return Tensor(handle);
+  return empty_strided(size, dense_strides(size, channels_last), dtype);
 }
 
 // The tensor itself if it already lies densely in that format, else a copy that does.

@@ -3,11 +3,11 @@
 
 #include <cstdint>
 
+#include "dtype.h"
 #include "isa.h"
 
 namespace pyops::cpu {
 
-enum class DType : int { kFloat, kBFloat16, kHalf, kDouble };
 enum class Activation : int { kNone, kRelu, kLeakyRelu };
 enum class Pool : int { kNone, kMax, kAvg };
 

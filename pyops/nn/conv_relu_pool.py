@@ -1,4 +1,4 @@
-"""Modules over the ops: the constructors and state_dicts of torch.nn's."""
+"""Convolution, activation and pooling as one module."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .ops.conv_relu_pool import conv_relu_pool2d
+from ..ops.conv_relu_pool import conv_relu_pool2d
 
 
 class ConvReLUPool2d(torch.nn.Conv2d):
