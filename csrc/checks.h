@@ -51,12 +51,4 @@ inline void check_shape(const char* name, const Tensor& t, const std::vector<int
   STD_TORCH_CHECK(same, name, ": expected shape ", wanted, "), got ", shape_of(t));
 }
 
-inline void check_pair(const char* name, const std::vector<int64_t>& pair, int64_t least) {
-  STD_TORCH_CHECK(pair.size() == 2, name, ": expected two integers, got ", pair.size());
-  STD_TORCH_CHECK(
-      pair[0] >= least && pair[1] >= least && pair[0] < (1LL << 31) && pair[1] < (1LL << 31), name,
-      ": expected integers of at least ", least, " and below 2^31, got (", pair[0], ", ", pair[1],
-      ")");
-}
-
 }  // namespace pyops

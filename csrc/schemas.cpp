@@ -2,10 +2,12 @@
 // Kernels register themselves beside their code: csrc/cpu/<op>.cpp, csrc/cuda/<op>.cu.
 #include <torch/csrc/stable/library.h>
 
-#define PYOPS_CONV_GEOMETRY                                                            \
-  "int[2] stride, int[2] padding, int[2] dilation, int groups, str activation, float " \
-  "negative_slope, "                                                                   \
-  "str pool, int[2] pool_size, int[2] pool_stride, int[2] pool_padding, bool ceil_mode"
+// Pairs as two scalars: a list through the stable ABI costs about a microsecond a call.
+#define PYOPS_CONV_GEOMETRY                                                                  \
+  "int stride_h, int stride_w, int padding_h, int padding_w, int dilation_h, int "           \
+  "dilation_w, int groups, str activation, float negative_slope, str pool, int pool_h, int " \
+  "pool_w, int pool_stride_h, int pool_stride_w, int pool_padding_h, int pool_padding_w, "   \
+  "bool ceil_mode"
 
 STABLE_TORCH_LIBRARY(pyops, m) {
   m.def("conv_relu_pool2d(Tensor input, Tensor weight, Tensor? bias, " PYOPS_CONV_GEOMETRY

@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
+#include <algorithm>
 #include <array>
 #include <string>
 #include <tuple>
@@ -72,25 +73,42 @@ int64_t pool_extent(int64_t in, int64_t window, int64_t stride, int64_t pad, boo
   return out;
 }
 
+// (y, x) of a window.
+struct Pair {
+  int64_t h, w;
+};
+
+// The schema's arguments between the tensors and with_codes or output_mask.
+struct Geometry {
+  Pair stride, padding, dilation;
+  int64_t groups;
+  const std::string& activation;
+  double negative_slope;
+  const std::string& pool;
+  Pair pool_size, pool_stride, pool_padding;
+  bool ceil_mode;
+};
+
+void check_pair(const char* name, const Pair& pair, int64_t least) {
+  STD_TORCH_CHECK(std::min(pair.h, pair.w) >= least && std::max(pair.h, pair.w) < (1LL << 31), name,
+                  ": expected integers of at least ", least, " and below 2^31, got (", pair.h, ", ",
+                  pair.w, ")");
+}
+
 // What the two ops share. Pointers are set by the caller.
-ConvReluPoolParams make_params(const Tensor& input, const Tensor& weight, const IntList& stride,
-                               const IntList& padding, const IntList& dilation, int64_t groups,
-                               const std::string& activation, double negative_slope,
-                               const std::string& pool, const IntList& pool_size,
-                               const IntList& pool_stride, const IntList& pool_padding,
-                               bool ceil_mode) {
+ConvReluPoolParams make_params(const Tensor& input, const Tensor& weight, const Geometry& g) {
   check_rank("input", input, 4);
   check_rank("weight", weight, 4);
   check_same("weight", weight, "input", input);
-  check_pair("stride", stride, 1);
-  check_pair("padding", padding, 0);
-  check_pair("dilation", dilation, 1);
-  check_pair("pool_size", pool_size, 1);
-  check_pair("pool_stride", pool_stride, 1);
-  check_pair("pool_padding", pool_padding, 0);
+  check_pair("stride", g.stride, 1);
+  check_pair("padding", g.padding, 0);
+  check_pair("dilation", g.dilation, 1);
+  check_pair("pool_size", g.pool_size, 1);
+  check_pair("pool_stride", g.pool_stride, 1);
+  check_pair("pool_padding", g.pool_padding, 0);
   STD_TORCH_CHECK(
-      groups >= 1 && weight.size(1) * groups == input.size(1) && weight.size(0) % groups == 0,
-      "groups: ", groups, " does not fit input ", shape_of(input), " and weight ",
+      g.groups >= 1 && weight.size(1) * g.groups == input.size(1) && weight.size(0) % g.groups == 0,
+      "groups: ", g.groups, " does not fit input ", shape_of(input), " and weight ",
       shape_of(weight));
   ConvReluPoolParams p{};
   p.batch = input.size(0), p.in_channels = input.size(1);
@@ -98,26 +116,26 @@ ConvReluPoolParams make_params(const Tensor& input, const Tensor& weight, const 
   p.out_channels = weight.size(0), p.kernel_h = weight.size(2), p.kernel_w = weight.size(3);
   STD_TORCH_CHECK(p.kernel_h > 0 && p.kernel_w > 0 && p.in_channels > 0 && p.out_channels > 0,
                   "weight: expected no dimension of size 0, got ", shape_of(weight));
-  p.stride_h = stride[0], p.stride_w = stride[1];
-  p.pad_h = padding[0], p.pad_w = padding[1];
-  p.dilation_h = dilation[0], p.dilation_w = dilation[1];
-  p.groups = groups;
+  p.stride_h = g.stride.h, p.stride_w = g.stride.w;
+  p.pad_h = g.padding.h, p.pad_w = g.padding.w;
+  p.dilation_h = g.dilation.h, p.dilation_w = g.dilation.w;
+  p.groups = g.groups;
   p.conv_h = conv_extent(p.in_h, p.pad_h, p.dilation_h, p.kernel_h, p.stride_h);
   p.conv_w = conv_extent(p.in_w, p.pad_w, p.dilation_w, p.kernel_w, p.stride_w);
-  p.activation = activation_of(activation);
-  p.negative_slope = negative_slope;
-  p.pool = pool_of(pool);
+  p.activation = activation_of(g.activation);
+  p.negative_slope = g.negative_slope;
+  p.pool = pool_of(g.pool);
   if (p.pool == Pool::kNone) {
     p.pool_h = p.pool_w = p.pool_stride_h = p.pool_stride_w = 1;
     p.out_h = p.conv_h, p.out_w = p.conv_w;
   } else {
-    p.pool_h = pool_size[0], p.pool_w = pool_size[1];
-    p.pool_stride_h = pool_stride[0], p.pool_stride_w = pool_stride[1];
-    p.pool_pad_h = pool_padding[0], p.pool_pad_w = pool_padding[1];
+    p.pool_h = g.pool_size.h, p.pool_w = g.pool_size.w;
+    p.pool_stride_h = g.pool_stride.h, p.pool_stride_w = g.pool_stride.w;
+    p.pool_pad_h = g.pool_padding.h, p.pool_pad_w = g.pool_padding.w;
     STD_TORCH_CHECK(2 * p.pool_pad_h <= p.pool_h && 2 * p.pool_pad_w <= p.pool_w,
                     "pool_padding: expected at most half of pool_size");
-    p.out_h = pool_extent(p.conv_h, p.pool_h, p.pool_stride_h, p.pool_pad_h, ceil_mode);
-    p.out_w = pool_extent(p.conv_w, p.pool_w, p.pool_stride_w, p.pool_pad_w, ceil_mode);
+    p.out_h = pool_extent(p.conv_h, p.pool_h, p.pool_stride_h, p.pool_pad_h, g.ceil_mode);
+    p.out_w = pool_extent(p.conv_w, p.pool_w, p.pool_stride_w, p.pool_pad_w, g.ceil_mode);
   }
   STD_TORCH_CHECK(p.conv_h > 0 && p.conv_w > 0 && p.out_h > 0 && p.out_w > 0,
                   "input: ", shape_of(input), " is too small for its windows");
@@ -152,14 +170,25 @@ void run_forward(const ConvReluPoolParams& p) {
 }
 
 std::tuple<Tensor, Tensor> forward(const Tensor& input, const Tensor& weight,
-                                   const std::optional<Tensor>& bias, IntList stride,
-                                   IntList padding, IntList dilation, int64_t groups,
+                                   const std::optional<Tensor>& bias, int64_t stride_h,
+                                   int64_t stride_w, int64_t padding_h, int64_t padding_w,
+                                   int64_t dilation_h, int64_t dilation_w, int64_t groups,
                                    std::string activation, double negative_slope, std::string pool,
-                                   IntList pool_size, IntList pool_stride, IntList pool_padding,
-                                   bool ceil_mode, bool with_codes) {
-  ConvReluPoolParams p =
-      make_params(input, weight, stride, padding, dilation, groups, activation, negative_slope,
-                  pool, pool_size, pool_stride, pool_padding, ceil_mode);
+                                   int64_t pool_h, int64_t pool_w, int64_t pool_stride_h,
+                                   int64_t pool_stride_w, int64_t pool_padding_h,
+                                   int64_t pool_padding_w, bool ceil_mode, bool with_codes) {
+  const Geometry geometry{{stride_h, stride_w},
+                          {padding_h, padding_w},
+                          {dilation_h, dilation_w},
+                          groups,
+                          activation,
+                          negative_slope,
+                          pool,
+                          {pool_h, pool_w},
+                          {pool_stride_h, pool_stride_w},
+                          {pool_padding_h, pool_padding_w},
+                          ceil_mode};
+  ConvReluPoolParams p = make_params(input, weight, geometry);
   if (bias) {
     check_shape("bias", *bias, {p.out_channels});
     check_same("bias", *bias, "input", input);
@@ -189,7 +218,6 @@ std::tuple<Tensor, Tensor> forward(const Tensor& input, const Tensor& weight,
 // What the sparse kernel does not take: the gradient before the pool is written out and
 // the library differentiates the plain convolution.
 void backward_by_library(const ConvReluPoolGradParams& g, const Tensor& input, const Tensor& weight,
-                         const IntList& stride, const IntList& padding, const IntList& dilation,
                          const std::vector<bool>& mask, const Tensor& codes_or_output,
                          std::array<Tensor*, 3> results) {
   const ConvReluPoolParams& p = g.p;
@@ -203,7 +231,8 @@ void backward_by_library(const ConvReluPoolGradParams& g, const Tensor& input, c
     sum_channels(p, expanded.const_data_ptr(), results[2]->mutable_data_ptr());
   }
   if (!mask[0] && !mask[1]) return;
-  const IntList no_padding = {0, 0};
+  const IntList stride = {p.stride_h, p.stride_w}, padding = {p.pad_h, p.pad_w};
+  const IntList dilation = {p.dilation_h, p.dilation_w}, no_padding = {0, 0};
   const bool wanted[3] = {mask[0], mask[1], false};
   using torch::stable::detail::from;
   std::array<StableIValue, 11> stack{from(expanded),
@@ -227,13 +256,24 @@ void backward_by_library(const ConvReluPoolGradParams& g, const Tensor& input, c
 
 std::tuple<Tensor, Tensor, Tensor> backward(
     const Tensor& grad_output, const Tensor& input, const Tensor& weight, const Tensor& codes,
-    IntList stride, IntList padding, IntList dilation, int64_t groups, std::string activation,
-    double negative_slope, std::string pool, IntList pool_size, IntList pool_stride,
-    IntList pool_padding, bool ceil_mode, std::vector<bool> output_mask) {
+    int64_t stride_h, int64_t stride_w, int64_t padding_h, int64_t padding_w, int64_t dilation_h,
+    int64_t dilation_w, int64_t groups, std::string activation, double negative_slope,
+    std::string pool, int64_t pool_h, int64_t pool_w, int64_t pool_stride_h, int64_t pool_stride_w,
+    int64_t pool_padding_h, int64_t pool_padding_w, bool ceil_mode, std::vector<bool> output_mask) {
+  const Geometry geometry{{stride_h, stride_w},
+                          {padding_h, padding_w},
+                          {dilation_h, dilation_w},
+                          groups,
+                          activation,
+                          negative_slope,
+                          pool,
+                          {pool_h, pool_w},
+                          {pool_stride_h, pool_stride_w},
+                          {pool_padding_h, pool_padding_w},
+                          ceil_mode};
   ConvReluPoolGradParams g{};
   ConvReluPoolParams& p = g.p;
-  p = make_params(input, weight, stride, padding, dilation, groups, activation, negative_slope,
-                  pool, pool_size, pool_stride, pool_padding, ceil_mode);
+  p = make_params(input, weight, geometry);
   STD_TORCH_CHECK(output_mask.size() == 3, "output_mask: expected three booleans, got ",
                   output_mask.size());
   STD_TORCH_CHECK(codes_fit(p), "pool_size: a window of ", p.pool_h, " x ", p.pool_w,
@@ -289,8 +329,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(
     if (PYOPS_ISA_SELECT(conv_relu_pool_backward_sparse)(g)) return {dx, dw, db};
     g.grad_input = g.grad_weight = g.grad_bias = nullptr;
   }
-  backward_by_library(g, x, w, stride, padding, dilation, output_mask, selector,
-                      {&grad_input, &grad_weight, &grad_bias});
+  backward_by_library(g, x, w, output_mask, selector, {&grad_input, &grad_weight, &grad_bias});
   if (output_mask[0]) grad_input = as_dense(grad_input, p.channels_last);
   if (output_mask[1]) grad_weight = as_dense(grad_weight, false);
   return {grad_input, grad_weight, grad_bias};

@@ -39,7 +39,11 @@ def register_autocast(op: str, tensor_arguments: int) -> None:
 
 def autocasting(device: torch.device) -> bool:
     """Whether autocast is on for tensors of this device; torch refuses the question for some kinds."""
-    return device.type in ("cpu", "cuda") and torch.is_autocast_enabled(device.type)
+    return (
+        torch._C._is_any_autocast_enabled()  # nearly always False, and five times as quick to ask
+        and device.type in ("cpu", "cuda")
+        and torch.is_autocast_enabled(device.type)
+    )
 
 
 def autocast_to(dtype: torch.dtype, tensor: torch.Tensor) -> torch.Tensor:

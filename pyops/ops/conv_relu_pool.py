@@ -99,16 +99,16 @@ def conv_relu_pool2d(
         plan = _plan(facts, options, backend, needs_grad, input, weight, bias)
     else:
         try:
-            plan = _plans[facts, options, backend, needs_grad]
-        except (
-            KeyError,
-            TypeError,
-        ):  # a new combination; or symbolic sizes and lists, which have no hash
+            # With the types, since True == 1 == 1.0.
+            key = (facts, options, *map(type, options), backend, needs_grad)
+            plan = _plans[key]
+        except (KeyError, TypeError):
+            # a new combination; or symbolic sizes and lists, which have no hash
             plan = _plan(facts, options, backend, needs_grad, input, weight, bias)
-            _remember((facts, options, backend, needs_grad), plan)
+            _remember(key, plan)
     if plan.extra_padding is not None:
         input = F.pad(input, plan.extra_padding)
-    use, spec = plan.backend, plan.spec
+    use, flat = plan.backend, plan.flat
     if not compiling and use != "reference" and _needs_plain_torch():
         if backend is not None:
             raise RuntimeError(
@@ -116,16 +116,16 @@ def conv_relu_pool2d(
             )
         use = "reference"
     if use == "reference":
-        return reference.conv_relu_pool2d(input, weight, bias, spec)
+        return reference.conv_relu_pool2d(input, weight, bias, plan.spec)
     batched = input if input.dim() == 4 else input.unsqueeze(0)
     op = _operator(use)
     if compiling or get_interpreter_stack() is not None:
-        output, _ = op(batched, weight, bias, *spec, needs_grad)
+        output, _ = op(batched, weight, bias, *flat, needs_grad)
     elif needs_grad:
-        output = EagerFunction.apply(batched, weight, bias, op, spec)
+        output = EagerFunction.apply(batched, weight, bias, op, flat)
     else:  # past torch's Python autograd wrapper, which would only find nothing to do
         with torch._C._AutoDispatchBelowAutograd():
-            output, _ = op(batched, weight, bias, *spec, False)
+            output, _ = op(batched, weight, bias, *flat, False)
     return output if input.dim() == 4 else output.squeeze(0)
 
 
@@ -154,6 +154,7 @@ def _needs_plain_torch() -> bool:
 class _Plan(NamedTuple):
     backend: str
     spec: ConvPoolSpec
+    flat: tuple[Any, ...]  # the spec, as the op takes it
     extra_padding: tuple[int, int, int, int] | None  # F.pad before the op, for an uneven "same"
 
 
@@ -188,9 +189,8 @@ def _plan(
         height, width = input_shape[-2] + extra[3], input_shape[-1] + extra[1]
         input_shape = torch.Size((*input_shape[:-2], height, width))
     _check_extents(input_shape, weight_shape, spec)
-    return _Plan(
-        _choose(input_shape, weight_shape, dtype, device, spec, backend, needs_grad), spec, extra
-    )
+    use = _choose(input_shape, weight_shape, dtype, device, spec, backend, needs_grad)
+    return _Plan(use, spec, spec.flat(), extra)
 
 
 _plans: dict[Any, _Plan] = {}

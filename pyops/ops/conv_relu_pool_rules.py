@@ -41,7 +41,7 @@ def _empty_dense(
 def _fake_forward(
     input: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any
 ) -> tuple[Tensor, Tensor]:
-    spec, with_codes = ConvPoolSpec(*rest[:-1]), rest[-1]
+    spec, with_codes = ConvPoolSpec.from_flat(rest[:-1]), rest[-1]
     out_size = pool_extents(conv_extents(input.shape, weight.shape, spec), spec)
     shape = (input.shape[0], weight.shape[0], *out_size)
     channels_last = lies_channels_last(input)
@@ -67,22 +67,22 @@ def _fake_backward(
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     input, weight, _, *rest = inputs
-    spec, with_codes = ConvPoolSpec(*rest[:-1]), rest[-1]
+    spec, with_codes = ConvPoolSpec.from_flat(rest[:-1]), rest[-1]
     if not with_codes:
         raise RuntimeError("with_codes: must be True where gradients are needed")
     by_output = not stores_codes(spec) and spec.activation != "none"
     ctx.save_for_backward(input, weight, output[0] if by_output else output[1])
-    ctx.spec = spec
+    ctx.flat = rest[:-1]
 
 
 def _backward_of(backward_op: Any) -> Any:
     def backward(ctx: Any, grad_output: Tensor, _: Any) -> tuple[Tensor | None, ...]:
         mask = list(ctx.needs_input_grad[:3])
         if grad_output is None or not any(mask):
-            return (None,) * (4 + len(ctx.spec))
-        grads = backward_op(grad_output, *ctx.saved_tensors, *ctx.spec, mask)
+            return (None,) * (4 + len(ctx.flat))
+        grads = backward_op(grad_output, *ctx.saved_tensors, *ctx.flat, mask)
         wanted = (grad if asked else None for grad, asked in zip(grads, mask, strict=True))
-        return (*wanted, *(None,) * (len(ctx.spec) + 1))
+        return (*wanted, *(None,) * (len(ctx.flat) + 1))
 
     return backward
 
@@ -96,11 +96,11 @@ class EagerFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None, op: Any, spec: ConvPoolSpec
+        ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None, op: Any, flat: tuple[Any, ...]
     ) -> Tensor:
         with torch._C._AutoDispatchBelowAutograd():
-            output = op(input, weight, bias, *spec, True)
-        _save_for_backward(ctx, (input, weight, bias, *spec, True), output)
+            output = op(input, weight, bias, *flat, True)
+        _save_for_backward(ctx, (input, weight, bias, *flat, True), output)
         ctx.backward_op = backward_op_of(op)
         return output[0]
 
@@ -123,7 +123,8 @@ def backward_op_of(op: Any) -> Any:
 def _save_for_double_backward(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     grad_output, input, weight, selector, *rest = inputs
     ctx.save_for_backward(grad_output, input, weight, selector)
-    ctx.spec, ctx.mask = ConvPoolSpec(*rest[:-1]), rest[-1]
+    ctx.flat_length = len(rest) - 1
+    ctx.spec, ctx.mask = ConvPoolSpec.from_flat(rest[:-1]), rest[-1]
 
 
 def _double_backward(
@@ -156,7 +157,7 @@ def _double_backward(
         for_input = nn_grad.conv2d_input(input.shape, grad_dw, expanded, *geometry)
     if ctx.needs_input_grad[2] and mask[0]:
         for_weight = nn_grad.conv2d_weight(grad_dx, weight.shape, expanded, *geometry)
-    return (for_grad, for_input, for_weight, None, *(None,) * (len(spec) + 1))
+    return (for_grad, for_input, for_weight, None, *(None,) * (ctx.flat_length + 1))
 
 
 def _vmap_of(op: Any, tensors: int) -> Any:
@@ -210,13 +211,15 @@ def _register(op: str) -> None:
 def _triton_forward(*args: Any) -> Any:
     from ..triton_kernels import conv_relu_pool as kernels
 
-    return kernels.forward(*args)
+    spec = ConvPoolSpec.from_flat(args[3:-1])
+    return kernels.forward(*args[:3], *spec, args[-1])
 
 
 def _triton_backward(*args: Any) -> Any:
     from ..triton_kernels import conv_relu_pool as kernels
 
-    return kernels.backward(*args)
+    spec = ConvPoolSpec.from_flat(args[4:-1])
+    return kernels.backward(*args[:4], *spec, args[-1])
 
 
 def register() -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 class ConvPoolSpec(NamedTuple):
-    """Everything but tensors, normalised, in the order of the op's schema."""
+    """Everything but tensors, normalised."""
 
     stride: tuple[int, int]
     padding: tuple[int, int]
@@ -24,6 +24,25 @@ class ConvPoolSpec(NamedTuple):
     pool_stride: tuple[int, int]
     pool_padding: tuple[int, int]
     ceil_mode: bool
+
+    def flat(self) -> tuple[Any, ...]:
+        """In the order of the op's schema, which has two scalars for each pair."""
+        return (
+            *(*self.stride, *self.padding, *self.dilation, self.groups),
+            *(self.activation, self.negative_slope, self.pool),
+            *(*self.pool_size, *self.pool_stride, *self.pool_padding, self.ceil_mode),
+        )
+
+    @classmethod
+    def from_flat(cls, a: Sequence[Any]) -> ConvPoolSpec:
+        """The inverse of `flat`."""
+        stride, padding, dilation = (a[0], a[1]), (a[2], a[3]), (a[4], a[5])
+        groups, activation, slope, pool = a[6:10]
+        size, pool_stride, pool_padding = (a[10], a[11]), (a[12], a[13]), (a[14], a[15])
+        return cls(
+            *(stride, padding, dilation, groups, activation, slope),
+            *(pool, size, pool_stride, pool_padding, a[16]),
+        )
 
 
 def stores_codes(spec: ConvPoolSpec) -> bool:

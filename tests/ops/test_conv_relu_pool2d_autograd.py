@@ -131,7 +131,7 @@ def test_only_what_is_asked_for_is_computed(channels, pool, wanted):
 
 def test_what_the_op_returns_for_what_is_not_asked_for():
     x, w, b = make_inputs((2, 3, 8, 8), (8, 3, 3, 3))
-    spec = ((1, 1), (0, 0), (1, 1), 1, "relu", 0.01, "max", (2, 2), (2, 2), (0, 0), False)
+    spec = (1, 1, 0, 0, 1, 1, 1, "relu", 0.01, "max", 2, 2, 2, 2, 0, 0, False)
     out, codes = torch.ops.pyops.conv_relu_pool2d(x, w, b, *spec, True)
     results = torch.ops.pyops.conv_relu_pool2d_backward(
         torch.ones_like(out), x, w, codes, *spec, [False, True, False]

@@ -10,6 +10,7 @@ from conv_pool_cases import make_inputs
 
 import pyops
 from pyops.nn import ConvReLUPool2d
+from pyops.reference.conv_relu_pool import ConvPoolSpec
 
 X, W, B = make_inputs((2, 6, 10, 10), (8, 6, 3, 3))
 BACKENDS = pytest.mark.parametrize("backend", [None, "cpu", "reference"])
@@ -87,6 +88,17 @@ def test_bad_argument(what, backend):
         assert word in str(caught.value), str(caught.value)
 
 
+@pytest.mark.parametrize(
+    "good, bad", [({"stride": 1}, {"stride": True}), ({"groups": 1}, {"groups": 1.0}),
+                  ({"ceil_mode": False}, {"ceil_mode": 0})], ids=str,
+)  # fmt: skip
+def test_equal_values_of_the_wrong_type_are_refused_after_a_good_call(good, bad):
+    """What was found about the good call must not be remembered for the bad one."""
+    pyops.conv_relu_pool2d(X, W, B, **good)
+    with pytest.raises(TypeError, match=next(iter(bad))):
+        pyops.conv_relu_pool2d(X, W, B, **bad)
+
+
 def test_module_raises_likewise():
     module = ConvReLUPool2d(6, 8, 3, pool="median")
     with pytest.raises(ValueError, match="pool: expected one of 'max', 'avg', None, got 'median'"):
@@ -124,17 +136,14 @@ FORWARD = {
     "input": X,
     "weight": W,
     "bias": B,
-    "stride": (1, 1),
-    "padding": (1, 1),
-    "dilation": (1, 1),
+    **{"stride_h": 1, "stride_w": 1, "padding_h": 1, "padding_w": 1},
+    **{"dilation_h": 1, "dilation_w": 1},
     "groups": 1,
     "activation": "relu",
     "negative_slope": 0.01,
     "pool": "max",
-    "pool_size": (2, 2),
-    "pool_stride": (2, 2),
-    "pool_padding": (0, 0),
-    "ceil_mode": False,
+    **{"pool_h": 2, "pool_w": 2, "pool_stride_h": 2, "pool_stride_w": 2},
+    **{"pool_padding_h": 0, "pool_padding_w": 0, "ceil_mode": False},
 }
 BAD_DIRECT = {
     "input of rank 3": ({"input": X[0]}, "input: expected 4 dimensions"),
@@ -148,23 +157,29 @@ BAD_DIRECT = {
     "groups 0": ({"groups": 0}, "groups: 0 does not fit"),
     "groups below 0": ({"groups": -6}, "groups: -6 does not fit"),
     "groups 3": ({"groups": 3, "weight": W[:, :2]}, "groups: 3 does not fit"),
-    "stride 0": ({"stride": (0, 1)}, "stride: expected integers of at least 1"),
-    "stride huge": ({"stride": (2**40, 1)}, "stride: expected integers"),
-    "padding below 0": ({"padding": (0, -1)}, "padding: expected integers of at least 0"),
-    "padding huge": ({"padding": (2**62, 2**62)}, "padding: expected integers"),
-    "dilation 0": ({"dilation": (1, 0)}, "dilation: expected integers of at least 1"),
-    "pool_size 0": ({"pool_size": (0, 0)}, "pool_size: expected integers of at least 1"),
-    "pool_stride 0": ({"pool_stride": (2, 0)}, "pool_stride: expected integers of at least 1"),
-    "pool_padding": ({"pool_padding": (2, 2)}, "pool_padding: expected at most half"),
-    "pool_padding below 0": ({"pool_padding": (-1, 0)}, "pool_padding: expected integers"),
+    "stride 0": ({"stride_h": 0}, "stride: expected integers of at least 1"),
+    "stride huge": ({"stride_h": 2**40}, "stride: expected integers"),
+    "padding below 0": ({"padding_w": -1}, "padding: expected integers of at least 0"),
+    "padding huge": ({"padding_h": 2**62, "padding_w": 2**62}, "padding: expected integers"),
+    "dilation 0": ({"dilation_w": 0}, "dilation: expected integers of at least 1"),
+    "pool_size 0": ({"pool_h": 0, "pool_w": 0}, "pool_size: expected integers of at least 1"),
+    "pool_stride 0": ({"pool_stride_w": 0}, "pool_stride: expected integers of at least 1"),
+    "pool_padding": (
+        {"pool_padding_h": 2, "pool_padding_w": 2},
+        "pool_padding: expected at most half",
+    ),
+    "pool_padding below 0": ({"pool_padding_h": -1}, "pool_padding: expected integers"),
     "activation": (
         {"activation": "tanh"},
         "activation: expected relu, leaky_relu or none, got tanh",
     ),
     "pool": ({"pool": "min"}, "pool: expected max, avg or none, got min"),
-    "kernel over input": ({"dilation": (6, 6)}, r"input: \(2, 6, 10, 10\) is too small"),
-    "pool over convolution": ({"pool_size": (11, 11)}, "is too small"),
-    "no rows": ({"input": X[:, :, :0], "padding": (0, 0)}, "is too small"),
+    "kernel over input": (
+        {"dilation_h": 6, "dilation_w": 6},
+        r"input: \(2, 6, 10, 10\) is too small",
+    ),
+    "pool over convolution": ({"pool_h": 11, "pool_w": 11}, "is too small"),
+    "no rows": ({"input": X[:, :, :0], "padding_h": 0, "padding_w": 0}, "is too small"),
     "kernel of size 0": ({"weight": W[..., :0]}, "weight: expected no dimension of size 0"),
     "no channels": ({"input": X[:, :0], "weight": W[:, :0]}, "no dimension of size 0"),
 }
@@ -177,15 +192,9 @@ def test_direct_call_of_the_op(what):
         torch.ops.pyops.conv_relu_pool2d(*{**FORWARD, **changed}.values(), False)
 
 
-@pytest.mark.parametrize("stride", [(), (1,), (1, 1, 1)])
-def test_lists_of_wrong_length(stride):
-    with pytest.raises(RuntimeError, match="stride"):
-        torch.ops.pyops.conv_relu_pool2d(*{**FORWARD, "stride": stride}.values(), False)
-
-
 def backward_arguments(**changed):
     forward = {**FORWARD, **{k: v for k, v in changed.items() if k in FORWARD}}
-    sound = {k: changed[k] if k in ("pool", "pool_size", "pool_stride") and k in changed else v
+    sound = {k: changed[k] if k in ("pool", "pool_h", "pool_w") and k in changed else v
              for k, v in FORWARD.items()}  # fmt: skip
     out, codes = torch.ops.pyops.conv_relu_pool2d(*sound.values(), True)
     tensors = {
@@ -216,7 +225,10 @@ BAD_BACKWARD = {
     "input channels": ({"input": X[:, :5]}, "groups: 1 does not fit"),
     "input size": ({"input": X[:, :, :8]}, "grad_output: expected shape"),
     "weight dtype": ({"weight": W.half()}, "weight: expected the dtype of input"),
-    "pool_padding": ({"pool_padding": (2, 2)}, "pool_padding: expected at most half"),
+    "pool_padding": (
+        {"pool_padding_h": 2, "pool_padding_w": 2},
+        "pool_padding: expected at most half",
+    ),
 }
 
 
@@ -254,7 +266,7 @@ def test_wrong_codes_stay_in_bounds(channels, dtype, value, geometry):
         "3x3 stride 2 padded": ("max", (3, 3), (2, 2), (1, 1)),
         "avg": ("avg", (2, 2), (2, 2), (0, 0)),
     }
-    spec = ((1, 1), (1, 1), (1, 1), 1, "relu", 0.01, *pools[geometry], False)
+    spec = ConvPoolSpec((1, 1), (1, 1), (1, 1), 1, "relu", 0.01, *pools[geometry], False).flat()
     out, codes = torch.ops.pyops.conv_relu_pool2d(x, w, None, *spec, True)
     margins = [torch.full((t.numel() + 256,), 77.0).to(t.dtype) for t in (x, w, codes)]
     inside = [

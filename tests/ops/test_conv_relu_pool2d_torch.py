@@ -11,6 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import pyops
 from pyops.nn import ConvReLUPool2d
+from pyops.reference.conv_relu_pool import ConvPoolSpec
 from pyops.testing import assert_within_budget
 
 OPTIONS = {
@@ -43,13 +44,14 @@ def spec_of(name):
     o = OPTIONS[name]
     pool = o.get("pool", "max") or "none"
     size = both(o.get("pool_size", 2)) if pool != "none" else (1, 1)
-    return (
+    spec = ConvPoolSpec(
         *(both(o.get("stride", 1)), (1, 1) if o.get("padding") else (0, 0)),
         *(both(o.get("dilation", 1)), o.get("groups", 1)),
         *(o.get("activation", "relu") or "none", o.get("negative_slope", 0.01), pool, size),
         *(both(o.get("pool_stride", size)), both(o.get("pool_padding", 0))),
         o.get("ceil_mode", False),
     )
+    return spec.flat()
 
 
 LAYOUTS_OF_INPUT = {
@@ -134,7 +136,7 @@ def test_meta_tensors_of_more_than_int32_elements():
     x = torch.empty(2**16, 64, 112, 112, device="meta")
     w = torch.empty(128, 64, 3, 3, device="meta")
     assert x.numel() > 2**35
-    spec = ((1, 1), (1, 1), (1, 1), 1, "relu", 0.01, "max", (2, 2), (2, 2), (0, 0), False)
+    spec = (1, 1, 1, 1, 1, 1, 1, "relu", 0.01, "max", 2, 2, 2, 2, 0, 0, False)
     out, codes = torch.ops.pyops.conv_relu_pool2d(x, w, None, *spec, True)
     assert out.shape == codes.shape == (2**16, 128, 56, 56)
     assert out.stride() == expected_strides(out.shape, False)
