@@ -8,10 +8,11 @@ import pytest
 import torch
 
 import pyops
-from pyops import cli, training
+from pyops import cli
 from pyops.bench import agreement, shapes
 from pyops.commands import check, demo
 from pyops.data import Dataset, load_digits
+from pyops.training import cnn
 
 
 def run(*arguments, timeout=100):
@@ -46,7 +47,6 @@ def test_every_command_has_help(command, capsys):
         (["nothing"], "nothing"),
         (["train", "lstm9"], "lstm9"),
         (["train", "cnn", "--epochs", "0"], "--epochs"),
-        (["train", "cnn", "--preset", "big"], "--preset"),
         (["train", "cnn", "--learning-rate", "nan"], "--learning-rate"),
         (["check", "--device", "abacus"], "abacus"),
         (["check", "--device", "cuda:99"], "cuda:99"),
@@ -69,6 +69,7 @@ def test_wrong_usage_exits_with_2_and_names_the_argument(arguments, named, capsy
         (["bench", "conv_relu_pool", "--shapes", "1x3x2->4:k5"], "too small"),
         (["bench", "conv_relu_pool", "--shapes", "1x3x8->4:g2"], "groups"),
         (["bench", "conv_relu_pool", "--backend", "abacus"], "abacus"),
+        (["train", "cnn", "--preset", "big"], "--preset"),
         (["train", "cnn", "--resume", "/nowhere/x.pt"], "/nowhere/x.pt"),
         (["train", "cnn", "--checkpoint", "/nowhere/x.pt"], "/nowhere"),
     ],
@@ -197,7 +198,7 @@ def few_digits(monkeypatch):
     """Real digits, but few of them: five steps an epoch."""
     data = load_digits()
     few = Dataset(*(t[:160] for t in vars(data).values()))
-    monkeypatch.setattr(training, "dataset", lambda settings: few)
+    monkeypatch.setattr(cnn, "dataset", lambda settings: few)
 
 
 def test_demo_writes_plot_and_summary(few_digits, tmp_path, capsys, monkeypatch):

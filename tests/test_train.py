@@ -1,10 +1,14 @@
 """Training on real digits, and checkpoints: resumed bit for bit, refused when damaged."""
 
+import re
+
 import pytest
 import torch
 
 from pyops import cli, training
 from pyops.data import Dataset, load_digits, randomly_shifted
+from pyops.training import cnn
+from pyops.training.checkpoint import FORMAT
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +76,7 @@ def test_missing_scikit_learn_is_named(monkeypatch, capsys):
 def test_training_is_repeatable_and_learns(few, ops):
     runs = []
     for _ in range(2):
-        trainer = training.Trainer(training.Settings(), ops, few)
+        trainer = cnn.Trainer(cnn.Settings(), ops, data=few)
         losses = [trainer.train_epoch() for _ in range(4)]
         runs.append((losses, trainer.model.state_dict()))
     assert same(runs[0], runs[1])
@@ -80,7 +84,7 @@ def test_training_is_repeatable_and_learns(few, ops):
 
 
 def test_seed_decides_weights_and_order(few):
-    first = [next(training.Trainer(training.Settings(seed=s), "fast", few).steps()) for s in (1, 2)]
+    first = [next(cnn.Trainer(cnn.Settings(seed=s), "fast", data=few).steps()) for s in (1, 2)]
     assert first[0] != first[1]
 
 
@@ -88,33 +92,33 @@ def test_building_a_trainer_leaves_the_global_generator_alone(few):
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
-    training.Trainer(training.Settings(), "fast", few)
+    cnn.Trainer(cnn.Settings(), "fast", data=few)
     assert torch.equal(torch.rand(3), expected)
 
 
 @pytest.mark.parametrize("ops", training.OPS)
 def test_resumed_run_is_bitwise_the_same(few, ops, tmp_path):
     path = tmp_path / "state.pt"
-    whole = training.Trainer(training.Settings(), ops, few)
+    whole = cnn.Trainer(cnn.Settings(), ops, data=few)
     for _ in range(4):
         whole.train_epoch()
-    first = training.Trainer(training.Settings(), ops, few)
+    first = cnn.Trainer(cnn.Settings(), ops, data=few)
     for _ in range(2):
         first.train_epoch()
     first.save(path)
     torch.rand(10)  # what happens in between must not matter
-    second = training.Trainer(training.Settings(), ops, few)
+    second = cnn.Trainer(cnn.Settings(), ops, data=few)
     second.restore(training.read_checkpoint(path))
     assert second.epoch == 2
     for _ in range(2):
         second.train_epoch()
     assert second.losses == whole.losses
     assert same(second.model.state_dict(), whole.model.state_dict())
-    assert same(second.optimizer.state_dict(), whole.optimizer.state_dict())
+    assert same(second.optimizers["model"].state_dict(), whole.optimizers["model"].state_dict())
 
 
 def test_command_resumes_where_it_stopped(few, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(training, "dataset", lambda settings: few)
+    monkeypatch.setattr(cnn, "dataset", lambda settings: few)
     whole, parts = tmp_path / "whole.pt", tmp_path / "parts.pt"
     assert cli.main(["train", "cnn", "--epochs", "2", "--checkpoint", str(whole)]) == 0
     assert cli.main(["train", "cnn", "--epochs", "1", "--checkpoint", str(parts)]) == 0
@@ -130,7 +134,7 @@ def test_command_resumes_where_it_stopped(few, tmp_path, capsys, monkeypatch):
 @pytest.fixture
 def checkpoint(few, tmp_path):
     path = tmp_path / "state.pt"
-    trainer = training.Trainer(training.Settings(), "fast", few)
+    trainer = cnn.Trainer(cnn.Settings(), "fast", data=few)
     trainer.train_epoch()
     trainer.save(path)
     return path
@@ -162,12 +166,12 @@ class Harmful:
 
 def test_checkpoint_runs_no_code(tmp_path, capsys):
     path = tmp_path / "harmful.pt"
-    torch.save({"format": training.FORMAT, "model": Harmful()}, path)
+    torch.save({"format": FORMAT, "model": Harmful()}, path)
     assert cli.main(["train", "cnn", "--resume", str(path)]) == 2
     assert "code from the file ran" not in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("key", ("settings", "epoch", "optimizer", "order", "version"))
+@pytest.mark.parametrize("key", ("settings", "epoch", "optimizers", "order", "version"))
 def test_checkpoint_that_lacks_something_is_refused(checkpoint, key, capsys):
     state = torch.load(checkpoint, weights_only=True)
     del state[key]
@@ -190,7 +194,7 @@ def test_checkpoint_of_another_run_is_refused(checkpoint, argument, value, capsy
 
 def test_checkpoint_with_other_weights_is_refused(checkpoint, few, capsys):
     state = torch.load(checkpoint, weights_only=True)
-    state["model"]["fc2.weight"] = torch.zeros(3, 3)
+    state["modules"]["model"]["fc2.weight"] = torch.zeros(3, 3)
     torch.save(state, checkpoint)
     left = checkpoint.read_bytes()
     assert cli.main(["train", "cnn", "--resume", str(checkpoint)]) == 2
@@ -208,7 +212,7 @@ def test_existing_checkpoint_is_not_overwritten(checkpoint, capsys):
 
 def test_interrupted_save_leaves_the_old_checkpoint(checkpoint, few, monkeypatch):
     left = checkpoint.read_bytes()
-    trainer = training.Trainer(training.Settings(), "fast", few)
+    trainer = cnn.Trainer(cnn.Settings(), "fast", data=few)
 
     def cut_off(state, file):
         file.write(b"half of it")
@@ -219,3 +223,15 @@ def test_interrupted_save_leaves_the_old_checkpoint(checkpoint, few, monkeypatch
         trainer.save(checkpoint)
     assert checkpoint.read_bytes() == left
     assert list(checkpoint.parent.iterdir()) == [checkpoint]
+
+
+def test_both_kinds_of_ops_side_by_side(few, capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(cnn, "dataset", lambda settings: few)
+    assert cli.main(["train", "cnn", "--epochs", "1", "--ops", "both"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(" ops")[0] for line in lines[-2:]] == ["reference", "fast"]
+    losses = [re.search(r"loss ([\d.]+)", line)[1] for line in lines if "epoch 1/1" in line]
+    assert len(losses) == 2 and abs(float(losses[0]) - float(losses[1])) < 0.01
+    path = str(tmp_path / "state.pt")
+    assert cli.main(["train", "cnn", "--ops", "both", "--checkpoint", path]) == 2
+    assert "--ops both" in capsys.readouterr().err

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 
-from pyops import training
 from pyops.bench import harness, models
 from pyops.bench.agreement import Verdict, judge
 from pyops.bench.report import finite, table, write_atomically
@@ -19,6 +18,7 @@ from pyops.commands import CommandError, Progress, positive_int
 from pyops.commands.demo_plot import plot
 from pyops.data import Dataset
 from pyops.testing import GRADIENT_BUDGET, OUTPUT_BUDGET
+from pyops.training import cnn
 
 HELP = "train a CNN on real digits and run large ones, with plain torch and with the fast ops"
 DESCRIPTION = """\
@@ -52,8 +52,8 @@ def run(args: argparse.Namespace) -> int:
     start = time.perf_counter()
     if args.out.exists() and not args.out.is_dir():
         raise CommandError(f"--out: {args.out} is not a folder")
-    settings = training.Settings(seed=args.seed)
-    data = training.dataset(settings)
+    settings = cnn.Settings(seed=args.seed)
+    data = cnn.dataset(settings)
     print(
         f"{len(data.train_labels)} training and {len(data.test_labels)} test images of real "
         f"digits, 28x28; seed {args.seed}, {args.epochs} epochs"
@@ -88,9 +88,9 @@ def run(args: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
-def train_both(settings: training.Settings, data: Dataset, epochs: int) -> dict[str, Any]:
+def train_both(settings: cnn.Settings, data: Dataset, epochs: int) -> dict[str, Any]:
     """Trains with each kind of ops; the epochs take turns, so that both see the same machine."""
-    trainers = {ops: training.Trainer(settings, ops, data) for ops in (PLAIN, FAST)}
+    trainers = {ops: cnn.Trainer(settings, ops, data=data) for ops in (PLAIN, FAST)}
     seconds: dict[str, list[float]] = {ops: [] for ops in trainers}
     saved = {ops: _saved_bytes(trainer, data) for ops, trainer in trainers.items()}
     for epoch in range(epochs):
@@ -103,7 +103,7 @@ def train_both(settings: training.Settings, data: Dataset, epochs: int) -> dict[
     return {
         ops: {
             "losses": trainer.losses,
-            "test_accuracy": trainer.test_accuracy(),
+            "test_accuracy": trainer.evaluate()["test accuracy"],
             "epoch_seconds": seconds[ops],
             "median_epoch_seconds": harness.summarize(seconds[ops]).median,
             "saved_for_backward_bytes": saved[ops],
@@ -112,14 +112,14 @@ def train_both(settings: training.Settings, data: Dataset, epochs: int) -> dict[
     }
 
 
-def _saved_bytes(trainer: training.Trainer, data: Dataset) -> int:
+def _saved_bytes(trainer: cnn.Trainer, data: Dataset) -> int:
     images = data.train_images[: trainer.settings.batch_size]
     trainer.model.train()
     parameters = tuple(trainer.model.parameters())
     return harness.saved_for_backward(lambda: trainer.model(images), exclude=parameters)[1]
 
 
-def compare_training(settings: training.Settings, data: Dataset) -> dict[str, Verdict]:
+def compare_training(settings: cnn.Settings, data: Dataset) -> dict[str, Verdict]:
     """Errors as multiples of plain torch's, against float64.
 
     Logits, loss and gradients at the initial weights and after an epoch; and the losses of the
@@ -131,7 +131,7 @@ def compare_training(settings: training.Settings, data: Dataset) -> dict[str, Ve
         for i in range(0, COMPARED_BATCHES * COMPARED_IMAGES, COMPARED_IMAGES)
     ]
     found: dict[str, Verdict] = {}
-    trainer = training.Trainer(settings, PLAIN, data)
+    trainer = cnn.Trainer(settings, PLAIN, data=data)
     for when in ("initial weights", "after one epoch"):
         verdicts = models.ModelAgreement(trainer.model).verdicts(batches)
         found |= {f"{name}, {when}": verdict for name, verdict in verdicts.items()}
@@ -140,9 +140,9 @@ def compare_training(settings: training.Settings, data: Dataset) -> dict[str, Ve
     fast, plain, wide = (
         torch.tensor(list(itertools.islice(t.steps(), COMPARED_STEPS)), dtype=dtype)
         for t, dtype in (
-            (training.Trainer(settings, FAST, data), torch.float32),
-            (training.Trainer(settings, PLAIN, data), torch.float32),
-            (training.Trainer(settings, PLAIN, data, dtype=torch.float64), torch.float64),
+            (cnn.Trainer(settings, FAST, data=data), torch.float32),
+            (cnn.Trainer(settings, PLAIN, data=data), torch.float32),
+            (cnn.Trainer(settings, PLAIN, dtype=torch.float64, data=data), torch.float64),
         )
     )
     found[f"losses of the first {COMPARED_STEPS} steps"] = judge(fast, plain, wide, GRADIENT_BUDGET)

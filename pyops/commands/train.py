@@ -10,10 +10,12 @@ from typing import Any
 
 from pyops import training
 from pyops.commands import CommandError, Progress, device, positive_float, positive_int
+from pyops.training.trainer import Trainer
 
 HELP = "train a model on real data, with fast or plain ops"
 DESCRIPTION = """\
-Trains a model on scikit-learn's handwritten digits and prints its accuracy on images held back.
+Trains a model on real data that comes with installed packages and prints figures on data held back.
+With --ops both, plain torch and the fast ops train side by side from the same seed.
 With --checkpoint the state is written after every epoch; --resume continues from such a file,
 bit for bit as if the run had not been interrupted, and goes on writing to it.
 """
@@ -21,25 +23,24 @@ bit for bit as if the run had not been interrupted, and goes on writing to it.
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     # Defaults are None: a resumed run takes what is not given from its checkpoint.
-    parser.add_argument("model", choices=("cnn",), help="the model to train")
+    parser.add_argument("model", choices=training.MODELS, help="the model to train")
+    parser.add_argument("--preset", help="variant of the model; the error names what there is")
     parser.add_argument(
-        "--preset", choices=training.PRESETS, help="architecture of the cnn (default: mnist)"
+        "--ops",
+        choices=(*training.OPS, "both"),
+        help="this package's ops, plain torch, or both side by side (default: fast)",
     )
-    parser.add_argument(
-        "--ops", choices=training.OPS, help="this package's ops or plain torch (default: fast)"
-    )
-    parser.add_argument(
-        "--epochs", type=positive_int, default=16, help="epochs in all (default: %(default)s)"
-    )
+    parser.add_argument("--epochs", type=positive_int, help="epochs in all")
     parser.add_argument("--seed", type=int, help="of weights and order of the data (default: 0)")
-    parser.add_argument("--batch-size", type=positive_int, help="images a step (default: 32)")
-    parser.add_argument("--learning-rate", type=positive_float, help="default: 0.05")
+    parser.add_argument("--batch-size", type=positive_int, help="examples a step")
+    parser.add_argument("--learning-rate", type=positive_float)
     parser.add_argument("--device", type=device, default="cpu", help="cpu or cuda")
     parser.add_argument("--checkpoint", type=Path, metavar="FILE", help="write the state here")
     parser.add_argument("--resume", type=Path, metavar="FILE", help="continue from this state")
 
 
 def run(args: argparse.Namespace) -> int:
+    task = training.task(args.model)
     checkpoint = training.read_checkpoint(args.resume) if args.resume else None
     target = args.checkpoint or args.resume
     if args.checkpoint and args.checkpoint.exists() and args.checkpoint != args.resume:
@@ -49,46 +50,72 @@ def run(args: argparse.Namespace) -> int:
         )
     if target and not target.resolve().parent.is_dir():
         raise CommandError(f"{target}: its folder does not exist")
+    if target and args.ops == "both":
+        raise CommandError("--ops both: a checkpoint holds one run; train them one by one")
+    if args.preset is not None and args.preset not in task.PRESETS:
+        raise CommandError(
+            f"--preset: expected one of {', '.join(task.PRESETS)}, got {args.preset!r}"
+        )
 
-    settings = _settings(args, checkpoint)
+    settings = _settings(args, task, checkpoint)
     ops = args.ops or (checkpoint["ops"] if checkpoint else "fast")
-    data = training.dataset(settings)
-    trainer = training.Trainer(settings, ops, data, args.device)
+    names = ("reference", "fast") if ops == "both" else (ops,)
+    trainers = {name: task.Trainer(settings, name, args.device) for name in names}
+    first = trainers[names[0]]
     print(
-        f"{settings.model}, preset {settings.preset}, {ops} ops, seed {settings.seed}, "
-        f"{len(data.train_labels)} training and {len(data.test_labels)} test images"
+        f"{settings.model}, preset {settings.preset}, {' and '.join(names)} ops, "
+        f"seed {settings.seed}, {first.describe()}"
     )
     if checkpoint is not None:
-        trainer.restore(checkpoint, str(args.resume))
-        print(f"resumed from {args.resume} after epoch {trainer.epoch}")
+        first.restore(checkpoint, str(args.resume))
+        print(f"resumed from {args.resume} after epoch {first.epoch}")
 
-    while trainer.epoch < args.epochs:
-        progress = Progress(f"epoch {trainer.epoch + 1}/{args.epochs}", trainer.steps_per_epoch)
-        start = time.perf_counter()
-        losses = trainer.train_epoch(progress.loss)
-        seconds = time.perf_counter() - start
-        progress.close()
+    epochs = args.epochs or task.EPOCHS
+    while first.epoch < epochs:
+        for name, trainer in trainers.items():
+            _train_epoch(trainer, epochs, f" {name:9}" if ops == "both" else "")
         if target:
-            trainer.save(target)
-        print(
-            f"epoch {trainer.epoch}/{args.epochs}: loss {sum(losses) / len(losses):.4f}, "
-            f"test accuracy {trainer.test_accuracy():.2%}, {seconds:.2f} s",
-            flush=True,
-        )
-    print(f"test accuracy after {trainer.epoch} epochs: {trainer.test_accuracy():.2%}")
+            first.save(target)
+    for name, trainer in trainers.items():
+        figures = _figures(trainer)
+        print(f"{name} ops after {trainer.epoch} epochs: {figures}")
+        sample = trainer.sample()
+        if sample is not None:
+            print(sample)
     return 0
 
 
-def _settings(args: argparse.Namespace, checkpoint: dict[str, Any] | None) -> training.Settings:
+def _train_epoch(trainer: Trainer, epochs: int, who: str) -> None:
+    label = f"epoch {trainer.epoch + 1}/{epochs}{who}"
+    progress = Progress(label, trainer.steps_per_epoch)
+    start = time.perf_counter()
+    losses = trainer.train_epoch(progress.loss)
+    seconds = time.perf_counter() - start
+    progress.close()
+    loss = sum(losses) / len(losses)
+    print(f"{label}: loss {loss:.4f}, {_figures(trainer)}, {seconds:.2f} s", flush=True)
+
+
+def _figures(trainer: Trainer) -> str:
+    return ", ".join(
+        f"{name} {value:.2%}" if name.endswith("accuracy") else f"{name} {value:.4g}"
+        for name, value in trainer.evaluate().items()
+    )
+
+
+def _settings(args: argparse.Namespace, task: Any, checkpoint: dict[str, Any] | None) -> Any:
     """The settings asked for, filled up from the checkpoint, which they must not contradict."""
-    names = [f.name for f in fields(training.Settings) if hasattr(args, f.name)]
+    names = [f.name for f in fields(task.Settings) if hasattr(args, f.name)]
     asked = {n: getattr(args, n) for n in names if getattr(args, n) is not None}
     if checkpoint is None:
-        return training.Settings(**asked)
+        return task.Settings(**asked)
     for name, value in asked.items():
-        if checkpoint["settings"][name] != value:
+        theirs = checkpoint["settings"].get(name)
+        if theirs != value:
             raise training.CheckpointError(
-                f"{args.resume}: was written with {name.replace('_', '-')} "
-                f"{checkpoint['settings'][name]}, not {value}"
+                f"{args.resume}: was written with {name.replace('_', '-')} {theirs}, not {value}"
             )
-    return training.Settings(**checkpoint["settings"])
+    try:
+        return task.Settings(**checkpoint["settings"])
+    except TypeError as error:
+        raise training.CheckpointError(f"{args.resume}: damaged: settings: {error}") from None

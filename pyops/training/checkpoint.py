@@ -1,0 +1,69 @@
+"""Checkpoints of a training run: written whole or not at all, refused when damaged."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+FORMAT = "pyops training checkpoint"
+FORMAT_VERSION = 2
+_CONTENT = {
+    "settings": dict,
+    "ops": str,
+    "epoch": int,
+    "losses": list,
+    "modules": dict,
+    "optimizers": dict,
+    "order": torch.Tensor,
+    "torch_rng": torch.Tensor,
+}
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that is damaged, or does not belong to what it was given for."""
+
+
+def write_checkpoint(path: str | Path, content: dict[str, Any]) -> None:
+    """Writes `content`. If interrupted, a file of that name stays as it was."""
+    path = Path(path)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            torch.save({"format": FORMAT, "version": FORMAT_VERSION, **content}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """Reads what `Trainer.save` wrote, running no code from the file.
+
+    Raises:
+        CheckpointError: there is no such file, or it is cut off, damaged or something else.
+    """
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: no such checkpoint") from None
+    except Exception as error:  # torch.load raises a different type for every kind of damage
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise CheckpointError(
+            f"{path}: not a readable checkpoint; it may be cut off or damaged ({reason})"
+        ) from error
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        raise CheckpointError(f"{path}: not a checkpoint of pyops training")
+    if state.get("version") != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{path}: expected checkpoint version {FORMAT_VERSION}, got {state.get('version')}"
+        )
+    for key, kind in _CONTENT.items():
+        if not isinstance(state.get(key), kind):
+            raise CheckpointError(f"{path}: damaged: {key!r} is missing or of the wrong type")
+    return state

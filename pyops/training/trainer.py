@@ -1,0 +1,120 @@
+"""What every training run has: epochs, losses, and a state that continues bit for bit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import pyops
+from pyops.training.checkpoint import CheckpointError, write_checkpoint
+
+OPS = ("fast", "reference")
+
+
+class Trainer:
+    """One run; `ops` "fast" swaps in this package's ops.
+
+    A subclass fills in `describe`, `steps` and `evaluate`.
+
+    Attributes:
+        settings: the task's frozen dataclass; what the run is determined by, besides the machine.
+        modules: what is trained, by name. Their initial parameters depend on the seed alone.
+        optimizers: by name.
+        order: draws the order of the data and whatever else is random in it.
+        epoch: epochs done.
+        losses: one for each step so far.
+    """
+
+    def __init__(
+        self,
+        settings: Any,
+        ops: str,
+        modules: dict[str, nn.Module],
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        if ops not in OPS:
+            raise ValueError(f"ops: expected one of {OPS}, got {ops!r}")
+        self.settings, self.ops, self.device = settings, ops, torch.device(device)
+        self.modules = {name: m.to(self.device, dtype) for name, m in modules.items()}
+        if ops == "fast":
+            for module in self.modules.values():
+                pyops.optimize(module)
+        self.optimizers: dict[str, torch.optim.Optimizer] = {}
+        self.order = torch.Generator().manual_seed(settings.seed)
+        self.epoch = 0
+        self.losses: list[float] = []
+
+    @property
+    def steps_per_epoch(self) -> int:
+        raise NotImplementedError
+
+    def describe(self) -> str:
+        """The data, in a few words."""
+        raise NotImplementedError
+
+    def steps(self) -> Iterator[float]:
+        """One epoch, yielding the loss of each step after it is done."""
+        raise NotImplementedError
+
+    def evaluate(self) -> dict[str, float]:
+        """Figures on data held back, by name; a name that ends in "accuracy" is a fraction."""
+        raise NotImplementedError
+
+    def sample(self) -> str | None:
+        """Something the trained model makes, to look at; None if there is no such thing."""
+        return None
+
+    def train_epoch(self, on_step: Callable[[int, float], None] | None = None) -> list[float]:
+        """One epoch; returns the loss of every step.
+
+        on_step: called after each step with the number of steps done and the step's loss.
+        """
+        losses = []
+        for loss in self.steps():
+            losses.append(loss)
+            if on_step is not None:
+                on_step(len(losses), loss)
+        self.epoch += 1
+        self.losses += losses
+        return losses
+
+    def save(self, path: str | Path) -> None:
+        """Writes a checkpoint. If interrupted, a file of that name stays as it was."""
+        content: dict[str, Any] = {
+            "settings": asdict(self.settings),
+            "ops": self.ops,
+            "epoch": self.epoch,
+            "losses": self.losses,
+            "modules": {name: m.state_dict() for name, m in self.modules.items()},
+            "optimizers": {name: o.state_dict() for name, o in self.optimizers.items()},
+            "order": self.order.get_state(),
+            "torch_rng": torch.get_rng_state(),
+        }
+        if self.device.type == "cuda":
+            content["cuda_rng"] = torch.cuda.get_rng_state(self.device)
+        write_checkpoint(path, content)
+
+    def restore(self, checkpoint: dict[str, Any], name: str = "checkpoint") -> None:
+        """Continues where `checkpoint`, as `read_checkpoint` returns it, was written."""
+        if checkpoint["settings"] != asdict(self.settings):
+            raise CheckpointError(
+                f"{name}: is of {checkpoint['settings']}, not of {asdict(self.settings)}"
+            )
+        try:
+            for key, module in self.modules.items():
+                module.load_state_dict(checkpoint["modules"][key])
+            for key, optimizer in self.optimizers.items():
+                optimizer.load_state_dict(checkpoint["optimizers"][key])
+            self.order.set_state(checkpoint["order"])
+            torch.set_rng_state(checkpoint["torch_rng"])
+            if self.device.type == "cuda" and "cuda_rng" in checkpoint:
+                torch.cuda.set_rng_state(checkpoint["cuda_rng"], self.device)
+        except (RuntimeError, ValueError, TypeError, KeyError) as error:
+            raise CheckpointError(f"{name}: does not fit the model: {error}") from error
+        self.epoch, self.losses = checkpoint["epoch"], list(checkpoint["losses"])
