@@ -1,1 +1,14 @@
-"""Benchmarks: what `python -m pyops bench` and the files in benchmarks/ share."""
+"""Problems to check and to measure: one module an op, and what they share."""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+
+# Ops whose module has SETS (name -> cases), DTYPES, CHECKS ((case, part of --quick), ...) and
+# problem(case, dtype, device) -> Problem, which raises ValueError for a case it cannot read.
+PROBLEM_OPS: tuple[str, ...] = ()
+
+
+def problem_module(op: str) -> ModuleType:
+    return importlib.import_module(f"pyops.bench.{op}")

@@ -12,12 +12,12 @@ from torch import Tensor
 
 import pyops
 from pyops.bench import agreement, harness
+from pyops.bench.problem import is_refusal
 from pyops.bench.report import Row, finite, first_line
 from pyops.bench.shapes import ConvShape
 
 LAYOUTS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
 BASELINES = ("eager", "compile")
-DIRECTIONS = ("forward", "forward+backward")
 
 
 @dataclass(frozen=True)
@@ -119,11 +119,6 @@ def measure(shape: ConvShape, dtype: torch.dtype, direction: str, options: Optio
         }
         found.append(row)
     return found
-
-
-def is_refusal(error: Exception) -> bool:
-    """Whether an explicit backend says that it is not here or does not take the arguments."""
-    return isinstance(error, RuntimeError) and str(error).startswith("backend: ")
 
 
 def bind(

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from pyops import backends
-from pyops.bench import conv_relu_pool, models, shapes
+from pyops.bench import PROBLEM_OPS, conv_relu_pool, models, problem, problem_module, shapes
 from pyops.bench.report import ResultsFile, Row, geometric_mean, milliseconds, table
 from pyops.commands import CommandError, device, dtype, positive_float, positive_int
 
@@ -27,8 +27,15 @@ sets: {", ".join(shapes.SETS)}
 """
 
 
+DIRECTIONS = {
+    "no": ["forward"],
+    "yes": ["forward+backward"],
+    "both": ["forward", "forward+backward"],
+}
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("what", choices=("conv_relu_pool", "models"))
+    parser.add_argument("what", choices=("conv_relu_pool", *PROBLEM_OPS, "models"))
     parser.add_argument("--device", type=device, default="cpu", help="cpu or cuda")
     parser.add_argument(
         "--dtype", type=dtype, nargs="+", help="default: float32, on cuda bfloat16 and float32"
@@ -102,23 +109,21 @@ def _rows(
             "compile" in args.baselines,
             args.budget,
         )
+    if args.what in PROBLEM_OPS:
+        return _problem_rows(args, dtypes)
     on_cuda = args.device.type == "cuda"
     sets = [name for name in shapes.SETS if name != ("cpu" if on_cuda else "gpu")]
     try:
         selected = shapes.select(args.shapes or sets)
     except ValueError as error:
         raise CommandError(f"--shapes: {error}") from None
-    directions = {
-        "no": ["forward"],
-        "yes": ["forward+backward"],
-        "both": ["forward", "forward+backward"],
-    }
     options = conv_relu_pool.Options(
         device=args.device,
         dtypes=dtypes,
-        directions=directions[args.backward],
+        directions=DIRECTIONS[args.backward],
         layouts=layouts,
-        backends=args.backend or (_gpu_backends() if on_cuda else ["auto"]),
+        backends=args.backend
+        or (problem.gpu_backends("conv_relu_pool2d") if on_cuda else ["auto"]),
         baselines=args.baselines,
         seconds_per_row=args.seconds,
         budget=args.budget,
@@ -126,11 +131,30 @@ def _rows(
     return conv_relu_pool.rows(selected, options)
 
 
-def _gpu_backends() -> list[str]:
-    """Those with kernels, named, since automatic choice takes none that is not proven yet."""
-    op = "conv_relu_pool2d"
-    names = [n for n in backends.NAMES if n != "reference"]
-    return [n for n in names if backends.why_not(op, n, "cuda") is None] or ["auto"]
+def _problem_rows(args: argparse.Namespace, dtypes: Sequence[torch.dtype]) -> Iterator[Row]:
+    """Rows of an op whose module makes problems; --shapes are its sets or cases."""
+    module = problem_module(args.what)
+    chosen = args.shapes or [
+        n for n in module.SETS if not (n == "gpu" and args.device.type == "cpu")
+    ]
+    cases = [case for name in chosen for case in module.SETS.get(name, (name,))]
+    try:
+        first = module.problem(cases[0], dtypes[0], torch.device("meta"))
+        for case in cases:
+            module.problem(case, dtypes[0], torch.device("meta"))
+    except ValueError as error:
+        raise CommandError(f"--shapes: {error}; sets: {', '.join(module.SETS)}") from None
+    options = problem.Options(
+        device=args.device,
+        directions=DIRECTIONS[args.backward],
+        backends=args.backend
+        or (problem.gpu_backends(first.op) if args.device.type == "cuda" else ["auto"]),
+        compiled="compile" in args.baselines,
+        seconds_per_row=args.seconds,
+        budget=args.budget,
+    )
+    problems = (module.problem(c, dtype, args.device) for c in cases for dtype in dtypes)
+    return problem.rows(problems, options)
 
 
 def progress_line(row: Row) -> str:

@@ -13,9 +13,9 @@ from torch import Tensor
 
 import pyops
 from pyops import backends
-from pyops.bench import shapes
+from pyops.bench import PROBLEM_OPS, problem, problem_module, shapes
 from pyops.bench.agreement import Agreement, Verdict, make_inputs, worst
-from pyops.bench.conv_relu_pool import LAYOUTS, is_refusal
+from pyops.bench.conv_relu_pool import LAYOUTS
 from pyops.bench.models import MODELS, ModelAgreement, build
 from pyops.bench.report import first_line, table
 from pyops.commands import device
@@ -82,6 +82,8 @@ def run(args: argparse.Namespace) -> int:
     results: list[Result] = []
     if args.only != "models":
         results += check_ops(args.device, args.quick)
+        for op in PROBLEM_OPS:
+            results += check_problems(op, args.device, args.quick)
     if args.only != "ops":
         results += check_models(args.device, args.quick)
     print(render(results, args.verbose))
@@ -124,6 +126,28 @@ def check_ops(place: torch.device, quick: bool) -> list[Result]:
     return results
 
 
+def check_problems(op: str, place: torch.device, quick: bool) -> list[Result]:
+    """An op over its module's grid: dtypes, and backends that can run here."""
+    module = problem_module(op)
+    results = []
+    for case, in_quick in module.CHECKS:
+        if quick and not in_quick:
+            continue
+        for dtype in module.DTYPES:
+            one = module.problem(case, dtype, place)
+            agreement = problem.Agreement(one, backward=bool(one.differentiable))
+            usable = [n for n in backends.NAMES if backends.why_not(one.op, n, place.type) is None]
+            for backend in (None, *usable):
+                name = str(dtype).removeprefix("torch.")
+                result = Result(one.op, case, name, "-", backend or "auto")
+                try:
+                    _note(result, agreement.verdicts(functools.partial(one.ours, backend=backend)))
+                except Exception as error:
+                    _note_error(result, error)
+                results.append(result)
+    return results
+
+
 def check_models(place: torch.device, quick: bool) -> list[Result]:
     """Each model with the ops swapped in: logits, and for the small ones loss and gradients."""
     results = []
@@ -160,7 +184,7 @@ def _note(result: Result, verdicts: dict[str, Verdict]) -> None:
 def _note_error(result: Result, error: Exception) -> None:
     # An explicit backend may refuse what it does not support; automatic choice may not.
     explicit = result.backend not in ("auto", "reference")
-    result.status = "refused" if explicit and is_refusal(error) else "FAILED"
+    result.status = "refused" if explicit and problem.is_refusal(error) else "FAILED"
     result.output = result.gradient = math.nan
     result.reason = first_line(error)
 
