@@ -8,13 +8,15 @@ from types import MethodType
 from torch import nn
 
 from pyops import backends
-from pyops._swap import chains, conv_pool, sequential
+from pyops._swap import chains, sequential
+from pyops._swap.conv_pool import CONV_POOL
 from pyops._swap.report import Entry, Report, Run
 from pyops._swap.resolve import is_torchs_own
 from pyops._swap.source import SourceUnavailable
 
 __all__ = ["Entry", "Report", "optimize", "optimized", "restore"]
 
+PATTERNS = (CONV_POOL,)
 # On a function that stands in for a method: says that it is ours.
 _MARK = "_pyops_stand_in"
 
@@ -48,11 +50,11 @@ def optimize(model: nn.Module, *, backend: str | None = None) -> Report:
     if backend is not None and backend not in backends.NAMES:
         raise ValueError(f"backend: expected None or one of {backends.NAMES}, got {backend!r}")
     names = {id(module): name for name, module in model.named_modules()}
-    run = Run(names, conv_pool, backend, Report())
+    run = Run(names, PATTERNS, backend, Report())
     for module in model.modules():
         _restore_module(module)
         if "forward" in module.__dict__:
-            if any(map(conv_pool.starts, module.children())):
+            if any(map(_starts_a_chain, module.children())):
                 run.skipped(run.place(module, "forward"), ["forward"], "set on this instance")
             continue
         for method, function in _stand_ins(module, run).items():
@@ -107,13 +109,17 @@ def _stand_ins(module: nn.Module, run: Run) -> dict[str, Callable]:
         try:
             function, called = chains.rewrite(module, method, run)
         except SourceUnavailable as error:
-            if any(map(conv_pool.starts, module.modules())):
+            if any(map(_starts_a_chain, module.modules())):
                 run.skipped(run.place(module, method), [method], str(error))
             continue
         if function is not None:
             found[method] = function
         waiting += sorted(called)
     return found
+
+
+def _starts_a_chain(module: nn.Module) -> bool:
+    return any(pattern.starts(module) for pattern in PATTERNS)
 
 
 def _own_stand_ins(module: nn.Module) -> dict[str, MethodType]:

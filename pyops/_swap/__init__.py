@@ -2,7 +2,9 @@
 
 report.py      what was done, as the user sees it
 guard.py       what makes it safe to bypass a module's own call
-conv_pool.py   the pattern conv → activation → pool: recognition, and the guarded call
+pattern.py     a chain of calls that one op can stand in for: recognition, and the guarded call
+conv_pool.py   the chain conv → activation → pool
+activations.py what the chains have in common
 source.py      from a function to its verified syntax tree and back
 resolve.py     what the names in a forward stand for
 chains.py      finds chains of calls in a syntax tree and rewrites each into one call

@@ -2,22 +2,22 @@
 
 A chain is written as nested calls, as methods of the tensor, as assignments that follow one another
 and whose variables nobody else reads, or as any mixture. What may begin and continue a chain, and
-the call that replaces it, come from a pattern module (conv_pool.py).
+the call that replaces it, come from patterns (pattern.py).
 """
 
 import ast
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from types import FunctionType, ModuleType
+from types import FunctionType
 
 from torch import nn
 
 from pyops._swap import source
+from pyops._swap.pattern import Pattern
 from pyops._swap.report import Run
 from pyops._swap.resolve import Resolver, is_method
 
-_RUN = "_pyops_run"
 _SEES_VARIABLES = {"locals", "vars", "dir", "eval", "exec"}
 _SCOPES = (
     ast.FunctionDef,
@@ -44,6 +44,7 @@ class _Link:
 
 @dataclass
 class _Chain:
+    pattern: Pattern
     first: ast.Call
     values: list
     links: list[_Link]
@@ -61,12 +62,13 @@ def rewrite(module: nn.Module, method: str, run: Run) -> tuple[FunctionType | No
     found = source.read(getattr(type(module), method))
     resolver = Resolver(module, found.function, found.node)
     called = set(_called_methods(found.node, resolver, module))
-    finder = _Finder(found.node, resolver, run.pattern)
+    finder = _Finder(found.node, resolver, run.patterns)
     rewriter = _Rewriter(finder, run, run.place(module, method))
     found.node.body = [rewriter.visit(statement) for statement in found.node.body]
     if not rewriter.replaced:
         return None, called
-    return source.rebuild(found, {_RUN: run.pattern.run}), called
+    runs = {_run_name(pattern): pattern.run for pattern in run.patterns}
+    return source.rebuild(found, runs), called
 
 
 def _called_methods(node: ast.AST, resolver: Resolver, module: nn.Module) -> Iterator[str]:
@@ -81,8 +83,8 @@ def _called_methods(node: ast.AST, resolver: Resolver, module: nn.Module) -> Ite
 class _Finder:
     """Recognises chains, and joins those that are spread over several assignments."""
 
-    def __init__(self, node: ast.FunctionDef, resolver: Resolver, pattern: ModuleType):
-        self.pattern = pattern
+    def __init__(self, node: ast.FunctionDef, resolver: Resolver, patterns: tuple[Pattern, ...]):
+        self.patterns = patterns
         self.resolver = resolver
         self.node = node
         self.blocked: dict[ast.Call, tuple[_Link, str]] = {}
@@ -106,19 +108,26 @@ class _Finder:
 
     def chain(self, node: ast.expr) -> _Chain | None:
         """The chain whose last call is `node`."""
+        for pattern in self.patterns:
+            found = self._chain_of(pattern, node)
+            if found is not None:
+                return found
+        return None
+
+    def _chain_of(self, pattern: Pattern, node: ast.expr) -> _Chain | None:
         links: list[_Link] = []
         while isinstance(node, ast.Call):
             values = self.resolver.resolve(node.func)
-            if values and all(self.pattern.starts(value) for value in values):
-                return _Chain(node, values, links[::-1])
-            link = self._link(node)
+            if values and all(pattern.starts(value) for value in values):
+                return _Chain(pattern, node, values, links[::-1])
+            link = self._link(pattern, node)
             if link is None:
                 return None
             links.append(link)
             node = link.inner
         return None
 
-    def _link(self, node: ast.Call) -> _Link | None:
+    def _link(self, pattern: Pattern, node: ast.Call) -> _Link | None:
         """`node` as a call that continues a chain; None if it is something else."""
         values = self.resolver.resolve(node.func)
         callee, method, args = node.func, None, node.args
@@ -126,7 +135,7 @@ class _Finder:
             if not args:
                 return None
             inner, args = args[0], args[1:]
-        elif isinstance(node.func, ast.Attribute) and node.func.attr in self.pattern.METHODS:
+        elif isinstance(node.func, ast.Attribute) and node.func.attr in pattern.methods:
             inner, method = node.func.value, node.func.attr
             callee, values = ast.Constant(method), [method]
         else:
@@ -136,7 +145,7 @@ class _Finder:
         if not all(map(_is_inert, early)):
             return None
         keywords = tuple(keyword.arg or "" for keyword in node.keywords)
-        if not all(self.pattern.continues(value, len(args), keywords) for value in values):
+        if not all(pattern.continues(value, len(args), keywords) for value in values):
             return None
         return _Link(callee, method, values, args, node.keywords, inner)
 
@@ -162,7 +171,7 @@ class _Finder:
             return False
         name, value = assignment
         chain = self.chain(value)
-        spot = self._use(second, name)
+        spot = None if chain is None else self._use(chain.pattern, second, name)
         if chain is None or spot is None:
             return False
         call, link = spot
@@ -177,14 +186,16 @@ class _Finder:
         self._loads[name] -= 1
         return True
 
-    def _use(self, statement: ast.stmt, name: str) -> tuple[ast.Call, _Link] | None:
+    def _use(
+        self, pattern: Pattern, statement: ast.stmt, name: str
+    ) -> tuple[ast.Call, _Link] | None:
         """The call in `statement` that continues the value of `name`, if that runs first."""
         if not isinstance(statement, ast.Assign | ast.AnnAssign | ast.Return | ast.Expr):
             return None
         node = statement.value
         while node is not None:
             if isinstance(node, ast.Call):
-                link = self._link(node)
+                link = self._link(pattern, node)
                 if link is not None and _reads(link.inner, name):
                     return node, link
             node = _evaluated_first(node)
@@ -212,12 +223,11 @@ class _Finder:
 
 
 class _Rewriter(ast.NodeTransformer):
-    """Replaces chains by calls of the pattern's `run` and reports on them."""
+    """Replaces chains by calls of their pattern's `run` and reports on them."""
 
     def __init__(self, finder: _Finder, run: Run, place: str):
         self.replaced = False
         self._finder = finder
-        self._pattern = finder.pattern
         self._run = run
         self._place = place
         self._parents = {
@@ -239,6 +249,7 @@ class _Rewriter(ast.NodeTransformer):
 
     def _consider(self, chain: _Chain, last: ast.Call) -> bool:
         """Report on a chain; whether to rewrite it."""
+        pattern = chain.pattern
         fused_any = False
         for index, value in enumerate(chain.values):
             values = [link.values[index % len(link.values)] for link in chain.links]
@@ -246,11 +257,11 @@ class _Rewriter(ast.NodeTransformer):
                 (value, _literal_arguments(link))
                 for value, link in zip(values, chain.links, strict=True)
             ]
-            kinds = ["conv", *map(self._pattern.kind_of, values)]
+            kinds = [pattern.first, *(pattern.kind_of(value) or "" for value in values)]
             place = self._place_of(value, chain.first.lineno)
-            fused, why = 0, self._pattern.refusal(value)
+            fused, why = 0, pattern.refusal(value)
             if why is None:
-                fused, why = self._pattern.plan(steps)
+                fused, why = pattern.plan(steps)
             if any(kind != "identity" for kind in kinds[1 : fused + 1]):
                 fused_any = True
                 self._run.replaced(place, kinds[: fused + 1])
@@ -266,7 +277,7 @@ class _Rewriter(ast.NodeTransformer):
         """What follows a chain that could go on, and why it is not part of it."""
         if chain.first in self._finder.blocked:
             link, why = self._finder.blocked[chain.first]
-            return [*kinds, self._pattern.kind_of(link.values[0])], why
+            return [*kinds, chain.pattern.kind_of(link.values[0]) or ""], why
         if len(kinds) > 1:
             return kinds, None
         callee, values = self._consumer(last)
@@ -274,7 +285,7 @@ class _Rewriter(ast.NodeTransformer):
             return kinds, "no activation or pool follows"
         value = values[0] if values else None
         label = type(value).__name__ if isinstance(value, nn.Module) else ast.unparse(callee)
-        return [*kinds, label], self._pattern.not_continued(value, ast.unparse(callee))
+        return [*kinds, label], chain.pattern.not_continued(value, ast.unparse(callee))
 
     def _consumer(self, node: ast.expr) -> tuple[ast.expr | None, list]:
         """The callee, and its values, that takes the result of `node` next."""
@@ -316,8 +327,12 @@ def _run_call(chain: _Chain, backend: str | None) -> ast.Call:
     """run(backend, callee, args, kwargs, (callee, args, kwargs), ...) in the order of the calls."""
     steps = [_tuple(link.callee, _tuple(*link.args), _dict(link.keywords)) for link in chain.links]
     first = [chain.first.func, _tuple(*chain.first.args), _dict(chain.first.keywords)]
-    function = ast.Name(_RUN, ast.Load())
+    function = ast.Name(_run_name(chain.pattern), ast.Load())
     return ast.Call(function, [ast.Constant(backend), *first, *steps], [])
+
+
+def _run_name(pattern: Pattern) -> str:
+    return f"_pyops_run_{pattern.first}"
 
 
 def _tuple(*elements: ast.expr) -> ast.Tuple:

@@ -1,9 +1,10 @@
 """What `pyops.optimize` did to a model."""
 
 from dataclasses import dataclass, field
-from types import ModuleType
 
 from torch import nn
+
+from pyops._swap.pattern import Pattern
 
 
 @dataclass(frozen=True)
@@ -51,13 +52,13 @@ class Run:
 
     Attributes:
         names: qualified names of the model's modules by id.
-        pattern: the module that says what a chain is made of and runs it fused (conv_pool).
+        patterns: what chains are made of, and what runs them fused.
         backend: handed on to the fused op.
         report: grows as modules are visited.
     """
 
     names: dict[int, str]
-    pattern: ModuleType
+    patterns: tuple[Pattern, ...]
     backend: str | None
     report: Report
 

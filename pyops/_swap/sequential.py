@@ -2,11 +2,11 @@
 
 import functools
 from collections.abc import Callable
-from types import ModuleType
 from typing import Any, TypeGuard
 
 from torch import nn
 
+from pyops._swap.pattern import Pattern
 from pyops._swap.report import Run
 
 
@@ -20,15 +20,16 @@ def runs_in_order(module: nn.Module) -> TypeGuard[nn.Sequential]:
 
 def rewrite(module: nn.Sequential, run: Run) -> Callable | None:
     """The scanning forward if there is something in `module` to fuse; reports on every chain."""
-    pattern, names = run.pattern, run.names
+    names = run.names
     replaced = False
     modules = list(module)
     for index, first in enumerate(modules):
-        if not pattern.starts(first):
+        pattern = _pattern_of(first, run.patterns)
+        if pattern is None:
             continue
         end = _chain_end(modules, index, pattern)
         following = modules[index + 1 : end]
-        kinds = ["conv", *map(pattern.kind_of, following)]
+        kinds = [pattern.first, *(pattern.kind_of(m) or "" for m in following)]
         fused, why = 0, pattern.refusal(first)
         if why is None:
             fused, why = pattern.plan([(module, ((), {})) for module in following])
@@ -43,10 +44,17 @@ def rewrite(module: nn.Sequential, run: Run) -> Callable | None:
                 why = pattern.not_continued(modules[end], names[id(modules[end])])
         if why is not None:
             run.skipped(place, kinds, why)
-    return _scanning_forward(pattern, run.backend) if replaced else None
+    return _scanning_forward(run.patterns, run.backend) if replaced else None
 
 
-def _chain_end(modules: list[nn.Module], index: int, pattern: ModuleType) -> int:
+def _pattern_of(first: nn.Module, patterns: tuple[Pattern, ...]) -> Pattern | None:
+    for pattern in patterns:
+        if pattern.starts(first):
+            return pattern
+    return None
+
+
+def _chain_end(modules: list[nn.Module], index: int, pattern: Pattern) -> int:
     end = index + 1
     while end < len(modules) and pattern.continues(modules[end], 0, ()):
         end += 1
@@ -54,13 +62,14 @@ def _chain_end(modules: list[nn.Module], index: int, pattern: ModuleType) -> int
 
 
 @functools.cache
-def _scanning_forward(pattern: ModuleType, backend: str | None) -> Callable:
+def _scanning_forward(patterns: tuple[Pattern, ...], backend: str | None) -> Callable:
     def forward(self: nn.Sequential, input: Any) -> Any:
         modules = list(self)
         index = 0
         while index < len(modules):
             first = modules[index]
-            if pattern.starts(first):
+            pattern = _pattern_of(first, patterns)
+            if pattern is not None:
                 end = _chain_end(modules, index, pattern)
                 steps: list[tuple] = [(module, (), {}) for module in modules[index + 1 : end]]
                 input = pattern.run(backend, first, (input,), {}, *steps)

@@ -7,7 +7,7 @@ so zero-argument super()), annotations, attributes, the decorators around it.
 import ast
 import functools
 import linecache
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from types import CellType, CodeType, FunctionType
 
@@ -68,7 +68,7 @@ def read(function: object) -> Source:
     raise SourceUnavailable("its source is not available")
 
 
-def rebuild(source: Source, cells: dict[str, object]) -> FunctionType:
+def rebuild(source: Source, cells: Mapping[str, object]) -> FunctionType:
     """A function like `source.function` whose body is that of `source.node` as it is now.
 
     `cells` are further names that the new body may use, with their values. They become closure

@@ -35,6 +35,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-size", type=positive_int, help="examples a step")
     parser.add_argument("--learning-rate", type=positive_float)
     parser.add_argument("--device", type=device, default="cpu", help="cpu or cuda")
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", help="for pictures (gan; default: train-gan)"
+    )
+    parser.add_argument(
+        "--picture-every", type=positive_int, default=4, metavar="N", help="epochs (default: 4)"
+    )
     parser.add_argument("--checkpoint", type=Path, metavar="FILE", help="write the state here")
     parser.add_argument("--resume", type=Path, metavar="FILE", help="continue from this state")
 
@@ -52,6 +58,8 @@ def run(args: argparse.Namespace) -> int:
         raise CommandError(f"{target}: its folder does not exist")
     if target and args.ops == "both":
         raise CommandError("--ops both: a checkpoint holds one run; train them one by one")
+    if args.out and args.out.exists() and not args.out.is_dir():
+        raise CommandError(f"--out: {args.out} is not a folder")
     if args.preset is not None and args.preset not in task.PRESETS:
         raise CommandError(
             f"--preset: expected one of {', '.join(task.PRESETS)}, got {args.preset!r}"
@@ -76,6 +84,11 @@ def run(args: argparse.Namespace) -> int:
             _train_epoch(trainer, epochs, f" {name:9}" if ops == "both" else "")
         if target:
             first.save(target)
+        if first.epoch % args.picture_every == 0 or first.epoch == epochs:
+            folder = args.out or Path(f"train-{args.model}")
+            files = [f for trainer in trainers.values() for f in trainer.write_pictures(folder)]
+            if files:
+                print(f"wrote {', '.join(map(str, files))}")
     for name, trainer in trainers.items():
         figures = _figures(trainer)
         print(f"{name} ops after {trainer.epoch} epochs: {figures}")

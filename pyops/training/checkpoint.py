@@ -19,7 +19,6 @@ _CONTENT = {
     "modules": dict,
     "optimizers": dict,
     "order": torch.Tensor,
-    "torch_rng": torch.Tensor,
 }
 
 

@@ -70,16 +70,24 @@ class Trainer:
         """Something the trained model makes, to look at; None if there is no such thing."""
         return None
 
+    def write_pictures(self, folder: Path) -> list[Path]:
+        """Writes what there is to see after this epoch; returns the files."""
+        return []
+
     def train_epoch(self, on_step: Callable[[int, float], None] | None = None) -> list[float]:
         """One epoch; returns the loss of every step.
 
+        What dropout draws depends on the seed and the epoch alone; torch's own state stays as it was.
         on_step: called after each step with the number of steps done and the step's loss.
         """
         losses = []
-        for loss in self.steps():
-            losses.append(loss)
-            if on_step is not None:
-                on_step(len(losses), loss)
+        devices = [self.device] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices):
+            torch.manual_seed(self.settings.seed * 1_000_003 + self.epoch)
+            for loss in self.steps():
+                losses.append(loss)
+                if on_step is not None:
+                    on_step(len(losses), loss)
         self.epoch += 1
         self.losses += losses
         return losses
@@ -94,10 +102,7 @@ class Trainer:
             "modules": {name: m.state_dict() for name, m in self.modules.items()},
             "optimizers": {name: o.state_dict() for name, o in self.optimizers.items()},
             "order": self.order.get_state(),
-            "torch_rng": torch.get_rng_state(),
         }
-        if self.device.type == "cuda":
-            content["cuda_rng"] = torch.cuda.get_rng_state(self.device)
         write_checkpoint(path, content)
 
     def restore(self, checkpoint: dict[str, Any], name: str = "checkpoint") -> None:
@@ -112,9 +117,6 @@ class Trainer:
             for key, optimizer in self.optimizers.items():
                 optimizer.load_state_dict(checkpoint["optimizers"][key])
             self.order.set_state(checkpoint["order"])
-            torch.set_rng_state(checkpoint["torch_rng"])
-            if self.device.type == "cuda" and "cuda_rng" in checkpoint:
-                torch.cuda.set_rng_state(checkpoint["cuda_rng"], self.device)
         except (RuntimeError, ValueError, TypeError, KeyError) as error:
             raise CheckpointError(f"{name}: does not fit the model: {error}") from error
         self.epoch, self.losses = checkpoint["epoch"], list(checkpoint["losses"])
