@@ -9,6 +9,11 @@
   "pool_w, int pool_stride_h, int pool_stride_w, int pool_padding_h, int pool_padding_w, "   \
   "bool ceil_mode"
 
+#define PYOPS_CONV_TRANSPOSE_GEOMETRY                                                  \
+  "int stride_h, int stride_w, int padding_h, int padding_w, int output_padding_h, "   \
+  "int output_padding_w, int dilation_h, int dilation_w, int groups, str activation, " \
+  "float negative_slope"
+
 STABLE_TORCH_LIBRARY(pyops, m) {
   m.def("conv_relu_pool2d(Tensor input, Tensor weight, Tensor? bias, " PYOPS_CONV_GEOMETRY
         ", bool with_codes) -> (Tensor output, Tensor codes)");
@@ -16,4 +21,12 @@ STABLE_TORCH_LIBRARY(pyops, m) {
       "conv_relu_pool2d_backward(Tensor grad_output, Tensor input, Tensor weight, Tensor "
       "codes, " PYOPS_CONV_GEOMETRY
       ", bool[3] output_mask) -> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias)");
+  m.def(
+      "conv_transpose2d_act(Tensor input, Tensor weight, Tensor? bias, Tensor? scale, Tensor? "
+      "shift, " PYOPS_CONV_TRANSPOSE_GEOMETRY ") -> Tensor");
+  m.def(
+      "conv_transpose2d_act_backward(Tensor grad_output, Tensor input, Tensor weight, Tensor? "
+      "bias, Tensor? scale, Tensor output, " PYOPS_CONV_TRANSPOSE_GEOMETRY
+      ", bool[5] output_mask) -> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias, Tensor "
+      "grad_scale, Tensor grad_shift)");
 }
