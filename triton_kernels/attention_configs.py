@@ -1,0 +1,37 @@
+"""Tile shapes of the attention kernels.
+
+One config a case, so that the same inputs give the same bits in every process: another block of
+keys rounds differently.
+"""
+
+import torch
+
+from .attention_tile import Flags
+from .common import INTERPRET, Config
+
+
+def _config(block_m: int, block_n: int, num_warps: int, num_stages: int, maxnreg=None) -> Config:
+    constants = {"BLOCK_M": block_m, "BLOCK_N": block_n}
+    return Config(constants, num_warps=num_warps, num_stages=num_stages, maxnreg=maxnreg)
+
+
+def forward_configs(
+    flags: Flags, dtype: torch.dtype, capability: tuple[int, int], seqlen_q: int
+) -> list[Config]:
+    width = max(flags.BLOCK_D, flags.BLOCK_DV)
+    if INTERPRET:
+        return [_config(32, 16, 4, 1)]
+    if dtype is torch.float32:
+        return [_config(32 if width <= 128 else 16, 32 if width <= 64 else 16, 4, 1)]
+    heavy = flags.BIAS != "none" or flags.DROPOUT
+    if flags.LOADS == "pointers":
+        if width <= 128:
+            return [_config(64, 64 if width <= 64 and not heavy else 32, 4, 2)]
+        return [_config(64, 32, 8, 2)]
+    if seqlen_q <= 64:
+        return [_config(64, 64 if width <= 128 else 32, 4, 2)]
+    if width <= 64:
+        return [_config(128, 64, 8, 3, None if heavy else 128)]
+    if width <= 128:
+        return [_config(128, 64 if heavy else 128, 8, 2)]
+    return [_config(128, 32 if heavy else 64, 8, 2)]
