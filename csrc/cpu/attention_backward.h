@@ -29,8 +29,8 @@ struct AttentionBackward {
       grad_bias_column_stride;
 
   // Work space. Rows in the order of lse.
-  int64_t rows;     // of lse altogether
-  float* delta;     // (rows,): sum(grad_output * output) - grad_lse, 0 where lse is -inf
+  int64_t rows;  // of lse altogether
+  float* delta;  // (rows,): sum(grad_output * output) - grad_lse, 0 where lse is -inf
   // (chunks, rows, head_dim_padded) if chunks > 1, else null
   float* partial_grad_query;
 
@@ -51,5 +51,9 @@ PYOPS_ISA_KERNEL(void, attention_backward_chunk,
 // grad_query from its parts, rows as for delta.
 PYOPS_ISA_KERNEL(void, attention_backward_sum_query,
                  (const AttentionBackward&, int64_t b, int64_t h, int64_t block))
+
+// src to dst, whose dtype is 16 bits wide.
+PYOPS_ISA_KERNEL(void, attention_backward_round,
+                 (const float* src, int64_t count, DType dtype, void* dst))
 
 }  // namespace pyops::cpu

@@ -94,8 +94,8 @@ PYOPS_INLINE void multiply(int rows, int vecs, int64_t steps, const float* a, in
   multiply_tile<Words, R, C, kAdd>(steps, a, a_row, a_step, b, b_step, out, out_row);
 }
 
-// out[m][n] += sum over t of a[m * a_row + t * a_step] * b[t * b_step + n] for all of `vecs` vectors
-// of columns and `rows` rows. steps_of(m, count) says which t the rows [m, m + count) need.
+// out[m][n] += sum over t of a[m * a_row + t * a_step] * b[t * b_step + n] for all of `vecs`
+// vectors of columns and `rows` rows. steps_of(m, count) says which t the rows [m, m + count) need.
 template <class Words, class StepsOf>
 PYOPS_INLINE void multiply_add_rows(int rows, int vecs, const StepsOf& steps_of, const float* a,
                                     int64_t a_row, int64_t a_step, const float* b, int64_t b_step,
