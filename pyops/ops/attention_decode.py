@@ -119,7 +119,7 @@ def attention_decode(
     )
     if use == "reference":
         _check_values(*inputs[:8])
-        output, lse = reference.attention_decode(*inputs, spec=spec)
+        output, lse = reference.attention_decode(*(*inputs, spec))
     else:
         windows = (spec.window_left, spec.window_right)
         op = checks.operator(_OP, use)
