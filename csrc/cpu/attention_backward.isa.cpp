@@ -287,25 +287,37 @@ struct Chunk {
   }
 };
 
-template <class T>
+// Lanes are rows and the sum runs as in the product grad_output . value: where a row sees one key
+// alone, as the first row of a causal mask does, the two cancel to the last bit.
+template <class Words, class T>
 void delta_block(const AttentionBackward& g, int64_t b, int64_t h, int64_t block) {
   const AttentionSequence seq = attention_sequence(g.p, b);
   const int64_t row0 = b * g.lse_batch_stride + h * g.lse_head_stride + seq.first_q;
   const int64_t dim = g.p.head_dim_v;
-  for (int64_t i = block * 64; i < least(block * 64 + 64, seq.seqlen_q); ++i) {
+  const int64_t last = least(block * 64 + 64, seq.seqlen_q);
+  for (int64_t i = block * 64; i < last; i += kLanes) {
     const T* out = head_rows<T>(g.output, g.output_strides, b, h, seq.first_q + i);
     const T* grad = head_rows<T>(g.grad_output, g.grad_output_strides, b, h, seq.first_q + i);
+    const int rows = static_cast<int>(least(kLanes, last - i));
     Vec sum{};
-    for (int64_t c = 0; c < dim; c += kLanes) {
-      const int count = static_cast<int>(least(kLanes, dim - c));
-      sum = fma(load_first(out + c, count), load_first(grad + c, count), sum);
+    for (int64_t c = 0; c < dim; c += kLanes * Words::kPack) {
+      Vec outs[kLanes], grads[kLanes];
+      for (int r = 0; r < kLanes; ++r) {
+        outs[r] = r < rows ? load_words<Words>(out + r * g.output_strides.row + c, dim - c) : Vec{};
+        grads[r] =
+            r < rows ? load_words<Words>(grad + r * g.grad_output_strides.row + c, dim - c) : Vec{};
+      }
+      transpose(outs);
+      transpose(grads);
+      for (int w = 0; w < kLanes; ++w) sum = Words::multiply_add(grads[w], outs[w], sum);
     }
-    float total = 0.0f;
-    for (int lane = 0; lane < kLanes; ++lane) total += sum[lane];
-    if (g.grad_lse) {
-      total -= *head_rows<float>(g.grad_lse, g.grad_lse_strides, b, h, seq.first_q + i);
+    for (int r = 0; r < rows; ++r) {
+      float delta = sum[r];
+      if (g.grad_lse) {
+        delta -= *head_rows<float>(g.grad_lse, g.grad_lse_strides, b, h, seq.first_q + i + r);
+      }
+      g.delta[row0 + i + r] = g.lse[row0 + i + r] == -__builtin_inff() ? 0.0f : delta;
     }
-    g.delta[row0 + i] = g.lse[row0 + i] == -__builtin_inff() ? 0.0f : total;
   }
 }
 
@@ -332,14 +344,20 @@ void sum_query_block(const AttentionBackward& g, int64_t b, int64_t h, int64_t b
 
 }  // namespace
 
+#if defined(__AVX512BF16__)
+using WordsOfBFloat16 = BFloat16Words;
+#else
+using WordsOfBFloat16 = FloatWords;
+#endif
+
 void attention_backward_delta(const AttentionBackward& g, int64_t b, int64_t h, int64_t block) {
   switch (g.p.dtype) {
     case DType::kFloat:
-      return delta_block<float>(g, b, h, block);
+      return delta_block<FloatWords, float>(g, b, h, block);
     case DType::kBFloat16:
-      return delta_block<BFloat16>(g, b, h, block);
+      return delta_block<WordsOfBFloat16, BFloat16>(g, b, h, block);
     default:
-      return delta_block<Half>(g, b, h, block);
+      return delta_block<FloatWords, Half>(g, b, h, block);
   }
 }
 
@@ -349,11 +367,7 @@ void attention_backward_chunk(const AttentionBackward& g, int64_t b, int64_t kv_
     case DType::kFloat:
       return Chunk<FloatWords, float>(g, b, kv_head, chunk).run();
     case DType::kBFloat16:
-#if defined(__AVX512BF16__)
-      return Chunk<BFloat16Words, BFloat16>(g, b, kv_head, chunk).run();
-#else
-      return Chunk<FloatWords, BFloat16>(g, b, kv_head, chunk).run();
-#endif
+      return Chunk<WordsOfBFloat16, BFloat16>(g, b, kv_head, chunk).run();
     default:
       return Chunk<FloatWords, Half>(g, b, kv_head, chunk).run();
   }
