@@ -4,12 +4,13 @@ import torch
 import triton
 
 from . import common
+from .attention_backward import backward, varlen_backward
 from .attention_call import Call, Options, Packed, set_allocator
 from .attention_configs import forward_configs
 from .attention_forward_kernels import attention_forward_kernel
 from .common import Config
 
-__all__ = ["forward", "supports", "varlen_forward"]
+__all__ = ["backward", "forward", "supports", "varlen_backward", "varlen_forward"]
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_HEAD_DIM = 256
@@ -56,9 +57,7 @@ def forward(
     layout and dtype; lse is float32, (batch, heads, seqlen_q).
     """
     options = Options(scale, softcap, window_left, window_right, top_left, dropout_p)
-    return _forward(
-        Call(query, key, value, options, None, bias, alibi_slopes, sinks, rng_state)
-    )
+    return _forward(Call(query, key, value, options, None, bias, alibi_slopes, sinks, rng_state))
 
 
 def varlen_forward(

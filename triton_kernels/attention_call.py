@@ -156,7 +156,7 @@ class Call:
             DV=value_dim,
             BLOCK_D=common.power_of_2(head_dim, 16, 256),
             BLOCK_DV=common.power_of_2(value_dim, 16, 256),
-            PRECISION="tf32" if exact and tf32_allowed() and not common.INTERPRET else "ieee",
+            PRECISION=dot_precision(dtype),
             PRECISE=exact,
             WIDE=common.needs_int64(*map(_extent, read), 0 if bias is None else _extent(bias)),
             UPCAST=common.INTERPRET,
@@ -227,9 +227,13 @@ def unit_stride(tensor: torch.Tensor) -> torch.Tensor:
     return tensor if tensor.stride(-1) == 1 or tensor.size(-1) == 1 else tensor.contiguous()
 
 
-def tf32_allowed() -> bool:
-    """Whether torch allows TF32 in float32 matrix products."""
-    return torch.backends.cuda.matmul.fp32_precision == "tf32"
+def dot_precision(dtype: torch.dtype) -> str:
+    """The `input_precision` of tl.dot: for float32 TF32 where torch allows it in matrix products,
+    otherwise three TF32 products, which keep 21 bits of each operand.
+    """
+    if dtype is not torch.float32 or common.INTERPRET:
+        return "ieee"
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "tf32x3"
 
 
 def set_allocator(flags: Flags) -> None:

@@ -35,3 +35,45 @@ def forward_configs(
     if width <= 128:
         return [_config(128, 64 if heavy else 128, 8, 2)]
     return [_config(128, 32 if heavy else 64, 8, 2)]
+
+
+def key_configs(flags: Flags, dtype: torch.dtype) -> list[Config]:
+    width = max(flags.BLOCK_D, flags.BLOCK_DV)
+    if INTERPRET:
+        return [_config(16, 32, 4, 1)]
+    if dtype is torch.float32:
+        return [_config(32, 32, 4, 1)]
+    heavy = flags.BIAS != "none" or flags.DROPOUT
+    if flags.LOADS == "pointers":
+        if width <= 64:
+            return [_config(32 if heavy else 64, 64, 4, 2)]
+        return [_config(32, 64, 8 if width > 128 or heavy else 4, 1 if width > 128 else 2)]
+    if width <= 128:
+        return [_config(32 if heavy and width > 64 else 64, 128, 8, 2)]
+    return [_config(32, 64, 8, 1)]
+
+
+def query_configs(flags: Flags, dtype: torch.dtype) -> list[Config]:
+    width = max(flags.BLOCK_D, flags.BLOCK_DV)
+    if INTERPRET:
+        return [_config(32, 16, 4, 1)]
+    if dtype is torch.float32:
+        return [_config(32, 32, 4, 1)]
+    heavy = flags.BIAS != "none" or flags.DROPOUT
+    if flags.LOADS == "pointers":
+        if width <= 64:
+            return [_config(64, 64, 4, 2)]
+        return [_config(64, 32, 8 if width > 128 or heavy else 4, 1 if width > 128 else 2)]
+    if width <= 64:
+        return [_config(128, 64, 8, 2)]
+    if width <= 128:
+        return [_config(128, 64 if heavy else 128, 8, 1)]
+    return [_config(64, 32, 8, 1)]
+
+
+def bias_configs(flags: Flags, dtype: torch.dtype) -> list[Config]:
+    if INTERPRET:
+        return [_config(16, 16, 4, 1)]
+    if dtype is torch.float32:
+        return [_config(32, 32, 4, 1)]
+    return [_config(64, 64, 8, 1)]

@@ -26,23 +26,16 @@ from .attention_tile import (
 
 
 @triton.jit
-def block_softmax(
+def scores(
     q,  # (BLOCK_M, BLOCK_D)
-    top,  # (BLOCK_M,), running maximum of the logits
-    total,  # (BLOCK_M,), running sum of the probabilities
     key_rows,
     key,
     place,
-    sizes,
-    terms,
-    i0,
     j0,
-    MASKED: tl.constexpr,
-    BLOCK_M: tl.constexpr,
+    BOUNDED: tl.constexpr,
     BLOCK_N: tl.constexpr,
     F: tl.constexpr,
 ):
-    """Probabilities (after dropout) of keys from j0 on, what rescales those before, new sums."""
     k = load_rows(
         key_rows,
         key,
@@ -53,10 +46,28 @@ def block_softmax(
         BLOCK_N,
         F.D,
         F.BLOCK_D,
-        MASKED,
+        BOUNDED,
         F,
     )
-    score = tl.dot(q, k.T, input_precision=F.PRECISION)
+    return tl.dot(q, k.T, input_precision=F.PRECISION)
+
+
+@triton.jit
+def soften(
+    score,  # (BLOCK_M, BLOCK_N)
+    top,  # (BLOCK_M,), running maximum of the logits
+    total,  # (BLOCK_M,), running sum of the probabilities
+    place,
+    sizes,
+    terms,
+    i0,
+    j0,
+    MASKED: tl.constexpr,
+    F: tl.constexpr,
+):
+    """Probabilities (after dropout) of keys from j0 on, what rescales those before, new sums."""
+    BLOCK_M: tl.constexpr = score.shape[0]
+    BLOCK_N: tl.constexpr = score.shape[1]
     i = (i0 + tl.arange(0, BLOCK_M))[:, None]
     j = (j0 + tl.arange(0, BLOCK_N))[None, :]
     logit, _ = logits(score, i, j, place, terms, F)
@@ -125,38 +136,16 @@ def walk(
     first,
     end,
     MASKED: tl.constexpr,
-    BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     F: tl.constexpr,
 ):
     """Blocks end - 1 down to first; on entry and on exit the last block's values are still due."""
-    if end > first:
-        tl.assume(end > first)
-        for step in range(end - first):
-            j0 = (end - 1 - step) * BLOCK_N
-            before = rescale
-            # Block j + 1 may be the last one.
-            acc_in = acc
-            p_in = p
-            p, rescale, top, total = block_softmax(
-                q,
-                top,
-                total,
-                key_rows,
-                key,
-                place,
-                sizes,
-                terms,
-                i0,
-                j0,
-                MASKED,
-                BLOCK_M,
-                BLOCK_N,
-                F,
-            )
-            acc = add_values(
-                acc_in, p_in, before, value_rows, value, place, j0 + BLOCK_N, True, BLOCK_N, F
-            )
+    for step in range(end - first):
+        j0 = (end - 1 - step) * BLOCK_N
+        score = scores(q, key_rows, key, place, j0, MASKED, BLOCK_N, F)
+        # Block j + 1 may be the last one.
+        acc = add_values(acc, p, rescale, value_rows, value, place, j0 + BLOCK_N, True, BLOCK_N, F)
+        p, rescale, top, total = soften(score, top, total, place, sizes, terms, i0, j0, MASKED, F)
     return acc, p, rescale, top, total
 
 
@@ -187,13 +176,31 @@ def attention_forward_kernel(
         return
     kv_heads = sizes.heads // F.GROUP
     query_rows = rows_of(
-        query_rows, query, batch, place.start_q, place.seqlen_q, sizes.heads, BLOCK_M, F.D, F.BLOCK_D, F
+        query_rows,
+        query,
+        batch,
+        place.start_q,
+        place.seqlen_q,
+        sizes.heads,
+        BLOCK_M,
+        F.D,
+        F.BLOCK_D,
+        F,
     )
     key_rows = rows_of(
         key_rows, key, batch, place.start_k, place.seqlen_k, kv_heads, BLOCK_N, F.D, F.BLOCK_D, F
     )
     value_rows = rows_of(
-        value_rows, value, batch, place.start_k, place.seqlen_k, kv_heads, BLOCK_N, F.DV, F.BLOCK_DV, F
+        value_rows,
+        value,
+        batch,
+        place.start_k,
+        place.seqlen_k,
+        kv_heads,
+        BLOCK_N,
+        F.DV,
+        F.BLOCK_DV,
+        F,
     )
     q = load_rows(
         query_rows, query, batch, head, i0, place.seqlen_q, BLOCK_M, F.D, F.BLOCK_D, True, F
@@ -201,7 +208,8 @@ def attention_forward_kernel(
     first, full, full_end, end = key_blocks(i0, place, terms, BLOCK_M, BLOCK_N, F)
 
     unit = exponent_unit(terms, F)
-    acc = tl.zeros((BLOCK_M, F.BLOCK_DV), tl.float32)
+    BLOCK_DV: tl.constexpr = F.BLOCK_DV
+    acc = tl.zeros((BLOCK_M, BLOCK_DV), tl.float32)
     top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     if F.SINKS:
@@ -211,26 +219,76 @@ def attention_forward_kernel(
         total = tl.where(top == float("-inf"), 0.0, 1.0)
     if end > first:
         j0 = (end - 1) * BLOCK_N
-        p, rescale, top, total = block_softmax(
-            q, top, total, key_rows, key, place, sizes, terms, i0, j0, True, BLOCK_M, BLOCK_N, F
-        )
+        score = scores(q, key_rows, key, place, j0, True, BLOCK_N, F)
+        p, rescale, top, total = soften(score, top, total, place, sizes, terms, i0, j0, True, F)
         last = end - 1
         if F.RIGHT:
             masked = tl.minimum(full_end, last)
             acc, p, rescale, top, total = walk(
-                acc, p, rescale, top, total, q, key_rows, value_rows, key, value, place, sizes,
-                terms, i0, masked, last, True, BLOCK_M, BLOCK_N, F,
+                acc,
+                p,
+                rescale,
+                top,
+                total,
+                q,
+                key_rows,
+                value_rows,
+                key,
+                value,
+                place,
+                sizes,
+                terms,
+                i0,
+                masked,
+                last,
+                True,
+                BLOCK_N,
+                F,
             )
             last = masked
         full = tl.minimum(full, last)
         acc, p, rescale, top, total = walk(
-            acc, p, rescale, top, total, q, key_rows, value_rows, key, value, place, sizes,
-            terms, i0, full, last, False, BLOCK_M, BLOCK_N, F,
+            acc,
+            p,
+            rescale,
+            top,
+            total,
+            q,
+            key_rows,
+            value_rows,
+            key,
+            value,
+            place,
+            sizes,
+            terms,
+            i0,
+            full,
+            last,
+            False,
+            BLOCK_N,
+            F,
         )
         if F.LEFT:
             acc, p, rescale, top, total = walk(
-                acc, p, rescale, top, total, q, key_rows, value_rows, key, value, place, sizes,
-                terms, i0, first, full, True, BLOCK_M, BLOCK_N, F,
+                acc,
+                p,
+                rescale,
+                top,
+                total,
+                q,
+                key_rows,
+                value_rows,
+                key,
+                value,
+                place,
+                sizes,
+                terms,
+                i0,
+                first,
+                full,
+                True,
+                BLOCK_N,
+                F,
             )
         acc = add_values(
             acc, p, rescale, value_rows, value, place, first * BLOCK_N, True, BLOCK_N, F

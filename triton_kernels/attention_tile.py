@@ -356,9 +356,7 @@ def kept(i0, j0, place, sizes, terms, M: tl.constexpr, N: tl.constexpr, TRANSPOS
 
 
 @triton.jit
-def key_blocks(
-    i0, place, terms, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, F: tl.constexpr
-):
+def key_blocks(i0, place, terms, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, F: tl.constexpr):
     """Blocks of keys that queries [i0, i0 + BLOCK_M) see: first, first and last full ones, end.
 
     Blocks [first, full) and [full_end, end) need a mask, those between do not.
@@ -379,9 +377,7 @@ def key_blocks(
 
 
 @triton.jit
-def query_blocks(
-    j0, place, terms, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, F: tl.constexpr
-):
+def query_blocks(j0, place, terms, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, F: tl.constexpr):
     """Blocks of queries that see keys [j0, j0 + BLOCK_N), as `key_blocks`.
 
     Queries past the end need no mask, since backward's padded rows give them no weight.
