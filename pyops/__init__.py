@@ -23,12 +23,15 @@ if backends.schemas_loaded():
     _attention_decode.register()
 
 from . import nn  # noqa: E402
+from .integrations import torch_flash as _torch_flash  # noqa: E402
 from .ops.attention import attention, merge_attention  # noqa: E402
 from .ops.attention_decode import attention_decode  # noqa: E402
 from .ops.attention_varlen import attention_varlen  # noqa: E402
 from .ops.conv_relu_pool import conv_relu_pool2d  # noqa: E402
 from .ops.sdpa import scaled_dot_product_attention  # noqa: E402
 from .optimize import optimize, optimized, restore  # noqa: E402
+
+_torch_flash.register()
 
 __version__ = "0.1.0"
 __all__ = [
