@@ -1,5 +1,5 @@
-// exp2, exp, expm1, tanh and log on Vec. Relative errors are given beside each; all flush results
-// below 2^-126 to zero. Only for *.isa.cpp files.
+// exp2, exp, tanh and log on Vec. Relative errors are given beside each, for normal results: of
+// subnormal ones some instruction sets make zero. Only for *.isa.cpp files.
 #pragma once
 
 #include "simd_lanes.h"
@@ -27,7 +27,12 @@ PYOPS_INLINE Vec round_to_even(Vec x) {  // |x| < 2^22
 #endif
 }
 
-// x * 2^n for whole n in [-127, 127] and |x| near 1; n = -127 gives 0.
+// x * 2^n for whole n in [kLeastPower, 127] and |x| near 1; kLeastPower gives 0.
+#if defined(__AVX512F__)
+constexpr float kLeastPower = -160.0f;
+#else
+constexpr float kLeastPower = -127.0f;
+#endif
 PYOPS_INLINE Vec scale_by_power(Vec x, Vec n) {
 #if defined(__AVX512F__)
   return _mm512_scalef_ps(x, n);
@@ -55,7 +60,7 @@ constexpr float kExp2Degree3[] = {0.99992807f, 0.69326099f, 0.24261112f, 0.05517
 // results that are rounded to bfloat16.
 template <int Degree = 6>
 PYOPS_INLINE Vec exp2(Vec x) {
-  x = max_or_second(splat(-127.0f), x);
+  x = max_or_second(splat(kLeastPower), x);
   const Vec n = round_to_even(x);
   if constexpr (Degree == 3) {
     return scale_by_power(polynomial<3>(kExp2Degree3, x - n), n);
@@ -68,7 +73,7 @@ PYOPS_INLINE Vec exp2(Vec x) {
 constexpr float kExpm1Rest[] = {0.5f,          0.16666667f,   0.041666355f,
                                 0.0083332730f, 0.0013941025f, 0.00019914242f};
 
-// e^x as 2^n * (1 + tail), x in [-87, 88].
+// e^x as 2^n * (1 + tail), x in [-110, 88].
 PYOPS_INLINE void split_exp(Vec x, Vec* n, Vec* tail) {
   *n = round_to_even(x * kLog2e);
   Vec r = fma(*n, splat(-0.693145752f), x);  // ln 2 in two parts
@@ -79,7 +84,7 @@ PYOPS_INLINE void split_exp(Vec x, Vec* n, Vec* tail) {
 // e^x for x < 88; 1 ulp.
 PYOPS_INLINE Vec exp(Vec x) {
   Vec n, tail;
-  split_exp(max_or_second(splat(-88.0f), x), &n, &tail);
+  split_exp(max_or_second(splat(kLeastPower * kLn2), x), &n, &tail);
   return scale_by_power(tail + 1.0f, n);
 }
 
