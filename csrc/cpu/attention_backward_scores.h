@@ -173,75 +173,102 @@ void end_grad_bias(const ScoreTile& t) {
   }
 }
 
+// What one row of a tile needs.
+struct ScoreRow {
+  float *scores, *grads;
+  int first, end;  // keys it sees
+  float lse, delta;
+  Vec lanes;
+  // Not for plain attention:
+  int64_t diagonal;
+  float slope;
+  const float *bias, *keep;
+  float* bias_grads;  // or null
+};
+
+// Row r's scores and grads of the vector at key c, in place. kEdge: the row does not see all of it.
+template <bool kPlain, bool kEdge>
+PYOPS_INLINE void score_vector(const ScoreTile& t, const ScoreRow& row, int c) {
+  const AttentionProblem& p = t.g->p;
+  float *scores = row.scores + c, *grads = row.grads + c;
+  Vec x = load(scores), grad = load(grads), factor = splat(p.scale);
+  VecInt hidden{};
+  if constexpr (kEdge) {
+    hidden = (row.lanes < static_cast<float>(row.first - c)) |
+             (row.lanes >= static_cast<float>(row.end - c));
+  }
+  if constexpr (kPlain) {
+    x = fma(x, factor, splat(-row.lse)) * kLog2e;
+    x = max_or_second(splat(-126.0f), x);
+  } else {
+    x *= factor;
+    if (p.softcap > 0.0f) {
+      const Vec t = tanh(x / p.softcap);
+      x = t * p.softcap;
+      factor *= 1.0f - t * t;
+    }
+    if (p.alibi_slopes) {
+      const Vec distance = static_cast<float>(row.diagonal - c) - row.lanes;
+      x -= row.slope * (distance > Vec{} ? distance : -distance);
+    }
+    if (p.bias_kind != BiasKind::kNone) x += load(row.bias + c);
+    x = (x - row.lse) * kLog2e;
+    hidden |= x < -126.0f;
+  }
+  Vec probability = exp2(x);
+  if constexpr (!kPlain || kEdge) probability = hidden ? Vec{} : probability;
+  Vec kept = probability;
+  if constexpr (!kPlain) {
+    if (p.dropout) {
+      const Vec keep = load(row.keep + c);
+      grad *= keep;
+      kept = hidden ? Vec{} : kept * keep;
+    }
+  }
+  grad = probability * (grad - row.delta);
+  if constexpr (!kPlain || kEdge) grad = hidden ? Vec{} : grad;  // also where grads is not finite
+  if constexpr (!kPlain) {
+    if (row.bias_grads) store(row.bias_grads + c, grad);
+  }
+  store(scores, kept);
+  store(grads, grad * factor);
+}
+
 // Row r of scores and grads, in place. Vectors [begin, end) were computed; the others become 0.
 template <bool kPlain>
 PYOPS_INLINE void score_row(ScoreTile& t, int r, int begin, int end, int vecs) {
   const AttentionBackward& g = *t.g;
   const AttentionProblem& p = g.p;
-  float *scores = t.scores + r * kScoreRow, *grads = t.grads + r * kScoreRow;
-  const int first = t.first(r), last = t.end(r);
-  const Vec minus_lse =
-      splat(t.lse[r] == -__builtin_inff() ? -__builtin_inff() : -t.lse[r]);  // hides a dead row
-  const Vec delta = splat(t.delta[r]), scale = splat(p.scale), lanes = lane_numbers();
-  float bias[kBlockK], keep[kBlockK], raw[kBlockK];
+  float bias[kBlockK], keep[kBlockK], bias_grads[kBlockK];
+  ScoreRow row;
+  row.scores = t.scores + r * kScoreRow, row.grads = t.grads + r * kScoreRow;
+  row.first = t.first(r), row.end = t.end(r);
+  // A row without keys has lse -inf and must not give NaN.
+  row.lse = t.lse[r] == -__builtin_inff() ? __builtin_inff() : t.lse[r];
+  row.delta = t.delta[r];
+  row.lanes = lane_numbers();
   if constexpr (!kPlain) {
-    if (p.bias_kind != BiasKind::kNone) bias_row(t, r, first, last, bias);
-    if (p.dropout) dropout_row(t, r, first, last, keep);
+    row.diagonal = t.diagonal + r;
+    row.slope = p.alibi_slopes ? p.alibi_slopes[t.b * p.alibi_batch_stride + t.h] : 0.0f;
+    row.bias = bias, row.keep = keep, row.bias_grads = g.grad_bias ? bias_grads : nullptr;
+    if (p.bias_kind != BiasKind::kNone) bias_row(t, r, row.first, row.end, bias);
+    if (p.dropout) dropout_row(t, r, row.first, row.end, keep);
   }
-  const float slope =
-      !kPlain && p.alibi_slopes ? p.alibi_slopes[t.b * p.alibi_batch_stride + t.h] : 0.0f;
-  for (int v = 0; v < begin; ++v) {
-    store(scores + v * kLanes, Vec{});
-    store(grads + v * kLanes, Vec{});
-  }
-  for (int v = begin; v < end; ++v) {
+  for (int v = 0; v < vecs; ++v) {
     const int c = v * kLanes;
-    Vec x, factor = scale;
-    if constexpr (kPlain) {
-      x = fma(load(scores + c), scale, minus_lse);
+    if (v < begin || v >= end || c >= row.end || c + kLanes <= row.first) {
+      store(row.scores + c, Vec{});
+      store(row.grads + c, Vec{});
+    } else if (c < row.first || c + kLanes > row.end) {
+      score_vector<kPlain, true>(t, row, c);
     } else {
-      x = load(scores + c) * scale;
-      if (p.softcap > 0.0f) {
-        const Vec t = tanh(x / p.softcap);
-        x = t * p.softcap;
-        factor = scale * (1.0f - t * t);
-      }
-      if (p.alibi_slopes) {
-        const Vec distance = static_cast<float>(t.diagonal + r - c) - lanes;
-        x -= slope * (distance > Vec{} ? distance : -distance);
-      }
-      if (p.bias_kind != BiasKind::kNone) x += load(bias + c);
-      x += minus_lse;
+      score_vector<kPlain, false>(t, row, c);
     }
-    x *= kLog2e;
-    const VecInt vanishes = x < -126.0f;
-    VecInt hidden = vanishes;
-    if (c < first || c + kLanes > last) {
-      hidden |= (lanes < static_cast<float>(first - c)) | (lanes >= static_cast<float>(last - c));
-    }
-    const Vec probability = hidden ? Vec{} : exp2(x);
-    Vec grad = load(grads + c), kept = probability;
-    if constexpr (!kPlain) {
-      if (p.dropout) {
-        const Vec k = load(keep + c);
-        grad *= k;
-        kept *= k;
-      }
-    }
-    grad = hidden ? Vec{} : probability * (grad - delta);
-    if constexpr (!kPlain) {
-      if (g.grad_bias) store(raw + c, grad);
-      kept = hidden ? Vec{} : kept;
-    }
-    store(scores + c, kept);
-    store(grads + c, hidden ? Vec{} : grad * factor);
-  }
-  for (int v = end; v < vecs; ++v) {
-    store(scores + v * kLanes, Vec{});
-    store(grads + v * kLanes, Vec{});
   }
   if constexpr (!kPlain) {
-    if (g.grad_bias && first < last) add_to_grad_bias(t, r, first, last, raw);
+    if (g.grad_bias && row.first < row.end) {
+      add_to_grad_bias(t, r, row.first, row.end, bias_grads);
+    }
   }
 }
 
