@@ -4,6 +4,7 @@ import math
 
 import torch
 import triton
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import common
 from .attention_backward_bias_kernel import attention_backward_bias_kernel
@@ -23,6 +24,7 @@ from .attention_call import (
     unit_stride,
 )
 from .attention_configs import bias_configs, key_configs, query_configs
+from .attention_tile import Flags
 from .common import Config
 
 
@@ -197,6 +199,13 @@ def _descriptors(call, flags, grad_output, config: Config) -> dict:
     }
 
 
+def _padded_descriptor(rows: torch.Tensor, block: int, flags: Flags):
+    if flags.LOADS != "host":
+        return None
+    rows = rows.flatten(0, 1)
+    return TensorDescriptor(rows, list(rows.shape), [rows.size(1), 1], [1, block])
+
+
 def _key(call, flags, shared, grad_output, grads) -> None:
     # The kernel makes both; one that is not asked for goes nowhere.
     grad_key, grad_value = (
@@ -208,6 +217,8 @@ def _key(call, flags, shared, grad_output, grads) -> None:
         blocks = triton.cdiv(call.seqlen_k, config["BLOCK_N"])
         arguments = shared | _descriptors(call, flags, grad_output, config)
         arguments |= {
+            "lse2_rows": _padded_descriptor(shared["lse2"], config["BLOCK_M"], flags),
+            "delta_rows": _padded_descriptor(shared["delta"], config["BLOCK_M"], flags),
             "grad_key": call.strided(grad_key),
             "grad_value": call.strided(grad_value),
             "sizes": call.sizes(blocks),

@@ -9,9 +9,6 @@ import triton.language as tl
 
 from .attention_tile import (
     LOG2E,
-    Flags,
-    Place,
-    Strided,
     at_head,
     exponent_unit,
     kept,
@@ -38,6 +35,35 @@ def padded_start(place, sizes, F: tl.constexpr):
     if F.VARLEN:
         start += (place.start_q // PADDING + place.batch) * PADDING
     return start
+
+
+@triton.jit
+def padded_rows_of(descriptor, rows, place, sizes, BLOCK_M: tl.constexpr, F: tl.constexpr):
+    """What `load_padded` reads from: the sequence's rows, all heads."""
+    start = tl.cast(place.batch, tl.int64) * sizes.rows_batch
+    if F.VARLEN:
+        start += (place.start_q // PADDING + place.batch) * PADDING
+    if F.LOADS == "host":
+        return descriptor
+    elif F.LOADS == "device":
+        length = tl.cdiv(place.seqlen_q, PADDING) * PADDING
+        shape = [sizes.heads, length]
+        strides = [tl.cast(sizes.rows_head, tl.int64), 1]
+        return tl.make_tensor_descriptor(rows + start, shape, strides, [1, BLOCK_M])
+    else:
+        return rows + start
+
+
+@triton.jit
+def load_padded(view, batch, head, i0, sizes, BLOCK_M: tl.constexpr, F: tl.constexpr):
+    """(BLOCK_M,) from row i0 on. Boxes where there are any: pointers cost registers."""
+    if F.LOADS == "host":
+        return view.load([batch * sizes.heads + head, i0]).reshape(BLOCK_M)
+    elif F.LOADS == "device":
+        return view.load([head, i0]).reshape(BLOCK_M)
+    else:
+        start = tl.cast(head, tl.int64) * sizes.rows_head + i0
+        return tl.load(view + start + tl.arange(0, BLOCK_M))
 
 
 @triton.jit
@@ -117,8 +143,8 @@ def add_queries(
     grad_rows,
     query,
     grad_output,
-    lse2,
-    delta,
+    lse2_rows,
+    delta_rows,
     place,
     sizes,
     terms,
@@ -172,9 +198,8 @@ def add_queries(
                 True,
                 F,
             )
-            start = padded_start(here, sizes, F)
-            row_lse2 = tl.load(lse2 + start + row)
-            row_delta = tl.load(delta + start + row)
+            row_lse2 = load_padded(lse2_rows, place.batch, head, i0, sizes, BLOCK_M, F)
+            row_delta = load_padded(delta_rows, place.batch, head, i0, sizes, BLOCK_M, F)
             score = tl.dot(k, q.T, input_precision=F.PRECISION)
             dp = tl.dot(v, do.T, input_precision=F.PRECISION)
             p, slope = probabilities(
@@ -197,6 +222,8 @@ def attention_backward_key_kernel(
     key_rows,
     value_rows,
     grad_rows,
+    lse2_rows,
+    delta_rows,
     query,  # Strided (batch, heads, seqlen_q, D)
     key,  # (batch, kv heads, seqlen_k, D)
     value,  # (batch, kv heads, seqlen_k, DV)
@@ -208,6 +235,7 @@ def attention_backward_key_kernel(
     sizes,
     terms,
     F: tl.constexpr,
+    SPLIT: tl.constexpr,  # whether blocks that need no mask have a loop of their own
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -233,15 +261,20 @@ def attention_backward_key_kernel(
     value_rows = rows_of(
         value_rows, value, batch, place.start_k, keys, kv_heads, BLOCK_N, F.DV, F.BLOCK_DV, F
     )
+    lse2_rows = padded_rows_of(lse2_rows, lse2, place, sizes, BLOCK_M, F)
+    delta_rows = padded_rows_of(delta_rows, delta, place, sizes, BLOCK_M, F)
     k = load_rows(key_rows, key, batch, kv_head, j0, keys, BLOCK_N, F.D, F.BLOCK_D, True, F)
     v = load_rows(value_rows, value, batch, kv_head, j0, keys, BLOCK_N, F.DV, F.BLOCK_DV, True, F)
     first, full, full_end, end = query_blocks(j0, place, terms, BLOCK_M, BLOCK_N, F)
 
+    if (F.LEFT or F.RIGHT) and not SPLIT:
+        full = end
+        full_end = end
     BLOCK_D: tl.constexpr = F.BLOCK_D
     BLOCK_DV: tl.constexpr = F.BLOCK_DV
     dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     dv = tl.zeros((BLOCK_N, BLOCK_DV), tl.float32)
-    if F.RIGHT:
+    if F.RIGHT or (F.LEFT and not SPLIT):
         dk, dv = add_queries(
             dk,
             dv,
@@ -251,8 +284,8 @@ def attention_backward_key_kernel(
             grad_rows,
             query,
             grad_output,
-            lse2,
-            delta,
+            lse2_rows,
+            delta_rows,
             place,
             sizes,
             terms,
@@ -264,29 +297,7 @@ def attention_backward_key_kernel(
             BLOCK_M,
             F,
         )
-    dk, dv = add_queries(
-        dk,
-        dv,
-        k,
-        v,
-        query_rows,
-        grad_rows,
-        query,
-        grad_output,
-        lse2,
-        delta,
-        place,
-        sizes,
-        terms,
-        kv_head,
-        j0,
-        full,
-        full_end,
-        False,
-        BLOCK_M,
-        F,
-    )
-    if F.LEFT:
+    if SPLIT or not (F.LEFT or F.RIGHT):
         dk, dv = add_queries(
             dk,
             dv,
@@ -296,8 +307,31 @@ def attention_backward_key_kernel(
             grad_rows,
             query,
             grad_output,
-            lse2,
-            delta,
+            lse2_rows,
+            delta_rows,
+            place,
+            sizes,
+            terms,
+            kv_head,
+            j0,
+            full,
+            full_end,
+            False,
+            BLOCK_M,
+            F,
+        )
+    if F.LEFT and SPLIT:
+        dk, dv = add_queries(
+            dk,
+            dv,
+            k,
+            v,
+            query_rows,
+            grad_rows,
+            query,
+            grad_output,
+            lse2_rows,
+            delta_rows,
             place,
             sizes,
             terms,
@@ -397,6 +431,7 @@ def attention_backward_query_kernel(
     sizes,
     terms,
     F: tl.constexpr,
+    SPLIT: tl.constexpr,  # whether blocks that need no mask have a loop of their own
     TAIL: tl.constexpr,  # whether the last block of keys may be a part
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -433,9 +468,13 @@ def attention_backward_query_kernel(
     row_delta = tl.load(delta + start + i)
     first, full, full_end, end = key_blocks(i0, place, terms, BLOCK_M, BLOCK_N, F)
 
+    MASKED: tl.constexpr = F.LEFT or F.RIGHT or TAIL
+    if MASKED and not SPLIT:
+        full = first
+        full_end = first
     BLOCK_D: tl.constexpr = F.BLOCK_D
     dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    if F.LEFT:
+    if F.LEFT and SPLIT:
         dq = add_keys(
             dq,
             q,
@@ -456,27 +495,28 @@ def attention_backward_query_kernel(
             BLOCK_N,
             F,
         )
-    dq = add_keys(
-        dq,
-        q,
-        do,
-        row_lse2,
-        row_delta,
-        key_rows,
-        value_rows,
-        key,
-        value,
-        place,
-        sizes,
-        terms,
-        i0,
-        full,
-        full_end,
-        False,
-        BLOCK_N,
-        F,
-    )
-    if F.RIGHT or TAIL:
+    if SPLIT or not MASKED:
+        dq = add_keys(
+            dq,
+            q,
+            do,
+            row_lse2,
+            row_delta,
+            key_rows,
+            value_rows,
+            key,
+            value,
+            place,
+            sizes,
+            terms,
+            i0,
+            full,
+            full_end,
+            False,
+            BLOCK_N,
+            F,
+        )
+    if MASKED:
         dq = add_keys(
             dq,
             q,

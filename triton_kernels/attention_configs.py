@@ -37,38 +37,47 @@ def forward_configs(
     return [_config(128, 32 if heavy else 64, 8, 2)]
 
 
+def _backward(block_m: int, block_n: int, num_warps: int, num_stages: int, split=True) -> Config:
+    config = _config(block_m, block_n, num_warps, num_stages)
+    config.constants["SPLIT"] = split
+    return config
+
+
 def key_configs(flags: Flags, dtype: torch.dtype) -> list[Config]:
     width = max(flags.BLOCK_D, flags.BLOCK_DV)
     if INTERPRET:
-        return [_config(16, 32, 4, 1)]
+        return [_backward(16, 32, 4, 1, width < 64)]
     if dtype is torch.float32:
-        return [_config(32, 32, 4, 1)]
+        return [_backward(32, 32, 4, 1, False)]
     heavy = flags.BIAS != "none" or flags.DROPOUT
     if flags.LOADS == "pointers":
         if width <= 64:
-            return [_config(32 if heavy else 64, 64, 4, 2)]
-        return [_config(32, 64, 8 if width > 128 or heavy else 4, 1 if width > 128 else 2)]
+            return [_backward(32 if heavy else 64, 64, 4, 2, not heavy)]
+        return [_backward(32, 64, 8, 1 if width > 128 else 2, False)]
+    if width <= 64:
+        return [_backward(64, 128, 8, 2)]
+    # Two loops of the largest tiles would spill.
     if width <= 128:
-        return [_config(32 if heavy and width > 64 else 64, 128, 8, 2)]
-    return [_config(32, 64, 8, 1)]
+        return [_backward(32 if heavy else 64, 128, 8, 2, False)]
+    return [_backward(32, 64, 8, 2, False)]
 
 
 def query_configs(flags: Flags, dtype: torch.dtype) -> list[Config]:
     width = max(flags.BLOCK_D, flags.BLOCK_DV)
     if INTERPRET:
-        return [_config(32, 16, 4, 1)]
+        return [_backward(32, 16, 4, 1, width < 64)]
     if dtype is torch.float32:
-        return [_config(32, 32, 4, 1)]
+        return [_backward(32, 32, 4, 1, False)]
     heavy = flags.BIAS != "none" or flags.DROPOUT
     if flags.LOADS == "pointers":
         if width <= 64:
-            return [_config(64, 64, 4, 2)]
-        return [_config(64, 32, 8 if width > 128 or heavy else 4, 1 if width > 128 else 2)]
+            return [_backward(64, 64, 4, 2)]
+        return [_backward(64, 32, 8 if width > 128 or heavy else 4, 1 if width > 128 else 2, False)]
     if width <= 64:
-        return [_config(128, 64, 8, 2)]
+        return [_backward(128, 64, 8, 1 if heavy else 2)]
     if width <= 128:
-        return [_config(128, 64 if heavy else 128, 8, 1)]
-    return [_config(64, 32, 8, 1)]
+        return [_backward(128, 64 if heavy else 128, 8, 2, not heavy)]
+    return [_backward(128, 32, 8, 2, False)]
 
 
 def bias_configs(flags: Flags, dtype: torch.dtype) -> list[Config]:

@@ -11,7 +11,6 @@ import triton.language as tl
 from .attention_tile import (
     LN2,
     LOG2E,
-    Flags,
     exponent_unit,
     kept,
     key_blocks,

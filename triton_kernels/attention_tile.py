@@ -392,9 +392,8 @@ def query_blocks(j0, place, terms, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
         full_high = tl.minimum(full_high, j0 - place.shift + terms.left + 1)
     first = low // BLOCK_M
     end = tl.maximum(tl.cdiv(tl.maximum(high, 0), BLOCK_M), first)
+    full_end = end
     if F.LEFT:
         full_end = tl.minimum(tl.maximum(tl.maximum(full_high, 0) // BLOCK_M, first), end)
-    else:
-        full_end = end
     full = tl.minimum(tl.maximum(tl.cdiv(full_low, BLOCK_M), first), full_end)
     return first, full, full_end, end
