@@ -191,7 +191,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
       strides[i] = bias->stride(i) == 0 ? 0 : count;
       count *= size[i];
     }
-    bias_sums = torch::stable::new_zeros(lse, {size[0], size[1], size[2], size[3]});
+    g.grad_bias_once = strides[2] != 0 && strides[3] != 0 &&
+                       count == p.batch * p.heads * p.seqlen_q * p.seqlen_k;
+    const bool all_written = g.grad_bias_once && p.window_left < 0 && p.window_right < 0;
+    bias_sums = all_written ? empty_contiguous(size, ScalarType::Float)
+                            : torch::stable::new_zeros(lse, {size[0], size[1], size[2], size[3]});
     g.grad_bias = static_cast<float*>(bias_sums.mutable_data_ptr());
     g.grad_bias_batch_stride = strides[0], g.grad_bias_head_stride = strides[1];
     g.grad_bias_row_stride = strides[2], g.grad_bias_column_stride = strides[3];

@@ -23,10 +23,11 @@ struct AttentionBackward {
   void *grad_query, *grad_key, *grad_value;
   HeadStrides grad_query_strides, grad_key_strides, grad_value_strides;
   float* grad_sinks;  // (heads,)
-  // float32, zeroed, of bias's shape with 1 where its stride is 0; such strides are 0 here too.
+  // float32, of bias's shape with 1 where its stride is 0; such strides are 0 here too.
   float* grad_bias;
   int64_t grad_bias_batch_stride, grad_bias_head_stride, grad_bias_row_stride,
       grad_bias_column_stride;
+  bool grad_bias_once;  // one score an element, to be stored; else added to zeros
 
   // Work space. Rows in the order of lse.
   int64_t rows;  // of lse altogether

@@ -108,6 +108,7 @@ struct Chunk {
   }
 
   void run() {
+    if (begin == end && g.chunks > 1) return;  // a sequence shorter than others
     clear(w.grad_key, (end - begin) * d);
     clear(w.grad_value, (end - begin) * dv);
     const int64_t group = p.heads / p.heads_kv;

@@ -153,7 +153,8 @@ void add_to_grad_bias(ScoreTile& t, int r, int begin, int end, const float* grad
   if (g.grad_bias_row_stride == 0) target = t.bias_columns;
   for (int c = begin; c < end; c += kLanes) {
     const int count = end - c < kLanes ? end - c : kLanes;
-    store_first(target + c, load_first(target + c, count) + load_first(grad + c, count), count);
+    const Vec sum = load_first(grad + c, count);
+    store_first(target + c, g.grad_bias_once ? sum : sum + load_first(target + c, count), count);
   }
 }
 
