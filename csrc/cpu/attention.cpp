@@ -164,7 +164,15 @@ AttentionProblem make_attention_problem(const Tensor& query, const Tensor& key, 
   set_options(p, query, alibi_slopes, sinks, rng_state, scale, softcap, window_left, window_right,
               top_left, dropout_p);
   if (bias) {
-    check_shape("bias", *bias, {p.batch, p.heads, p.seqlen_q, p.seqlen_k});
+    check_rank("bias", *bias, 4);
+    const int64_t full[4] = {p.batch, p.heads, p.seqlen_q, p.seqlen_k};
+    int64_t strides[4];
+    for (int i = 0; i < 4; ++i) {
+      STD_TORCH_CHECK(bias->size(i) == 1 || bias->size(i) == full[i],
+                      "bias: expected size 1 or ", full[i], " in dimension ", i, ", got ",
+                      bias->size(i));
+      strides[i] = bias->size(i) == 1 ? 0 : bias->stride(i);
+    }
     STD_TORCH_CHECK(bias->device() == query.device(), "bias: expected the device of query");
     const ScalarType type = bias->scalar_type();
     p.bias_kind = type == ScalarType::Bool      ? BiasKind::kBool
@@ -174,8 +182,8 @@ AttentionProblem make_attention_problem(const Tensor& query, const Tensor& key, 
     STD_TORCH_CHECK(p.bias_kind != BiasKind::kNone,
                     "bias: expected dtype bool, float32 or that of query");
     p.bias = bias->const_data_ptr();
-    p.bias_batch_stride = bias->stride(0), p.bias_head_stride = bias->stride(1);
-    p.bias_row_stride = bias->stride(2), p.bias_column_stride = bias->stride(3);
+    p.bias_batch_stride = strides[0], p.bias_head_stride = strides[1];
+    p.bias_row_stride = strides[2], p.bias_column_stride = strides[3];
   }
   return p;
 }
