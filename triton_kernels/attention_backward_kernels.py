@@ -46,10 +46,12 @@ def padded_rows_of(descriptor, rows, place, sizes, BLOCK_M: tl.constexpr, F: tl.
     if F.LOADS == "host":
         return descriptor
     elif F.LOADS == "device":
-        length = tl.cdiv(place.seqlen_q, PADDING) * PADDING
-        shape = [sizes.heads, length]
-        strides = [tl.cast(sizes.rows_head, tl.int64), 1]
-        return tl.make_tensor_descriptor(rows + start, shape, strides, [1, BLOCK_M])
+        return tl.make_tensor_descriptor(
+            rows + start,
+            [sizes.heads, tl.cdiv(place.seqlen_q, PADDING) * PADDING],
+            [sizes.rows_head.to(tl.int64), 1],
+            [1, BLOCK_M],
+        )
     else:
         return rows + start
 

@@ -26,14 +26,17 @@ def forward_configs(
     heavy = flags.BIAS != "none" or flags.DROPOUT
     if flags.LOADS == "pointers":
         if width <= 128:
-            return [_config(64, 64 if width <= 64 and not heavy else 32, 4, 2)]
-        return [_config(64, 32, 8, 2)]
+            return [_config(64, 64 if width <= 64 and not heavy else 32, 8 if heavy else 4, 2)]
+        return [_config(64, 16, 8, 2)]
     if seqlen_q <= 64:
         return [_config(64, 64 if width <= 128 else 32, 4, 2)]
     if width <= 64:
-        return [_config(128, 64, 8, 3, None if heavy else 128)]
+        # 128 registers let two programs share a multiprocessor.
+        plain = flags.FOLDED and not (flags.LEFT or flags.DROPOUT)
+        return [_config(128, 64, 8, 3, 128 if plain else None)]
     if width <= 128:
-        return [_config(128, 64 if heavy else 128, 8, 2)]
+        small = heavy or flags.SOFTCAP or (flags.LEFT and flags.VARLEN)
+        return [_config(128, 64 if small else 128, 8, 2)]
     return [_config(128, 32 if heavy else 64, 8, 2)]
 
 
@@ -55,10 +58,11 @@ def key_configs(flags: Flags, dtype: torch.dtype) -> list[Config]:
             return [_backward(32 if heavy else 64, 64, 4, 2, not heavy)]
         return [_backward(32, 64, 8, 1 if width > 128 else 2, False)]
     if width <= 64:
-        return [_backward(64, 128, 8, 2)]
+        return [_backward(64, 128, 8, 2, not heavy)]
     # Two loops of the largest tiles would spill.
     if width <= 128:
-        return [_backward(32 if heavy else 64, 128, 8, 2, False)]
+        small = heavy or flags.SOFTCAP or flags.VARLEN
+        return [_backward(32 if small else 64, 128, 8, 2, False)]
     return [_backward(32, 64, 8, 2, False)]
 
 
@@ -76,7 +80,9 @@ def query_configs(flags: Flags, dtype: torch.dtype) -> list[Config]:
     if width <= 64:
         return [_backward(128, 64, 8, 1 if heavy else 2)]
     if width <= 128:
-        return [_backward(128, 64 if heavy else 128, 8, 2, not heavy)]
+        if heavy:
+            return [_backward(128, 64, 8, 1, False)]
+        return [_backward(128, 64 if flags.SOFTCAP else 128, 8, 2)]
     return [_backward(128, 32, 8, 2, False)]
 
 

@@ -318,6 +318,7 @@ def logits(score, i, j, place, terms, F: tl.constexpr):
 
 @triton.jit
 def visible(i, j, place, terms, F: tl.constexpr):
+    # Joining the bounds, or leaving out one that is known to hold, spills more.
     seen = j < place.seqlen_k
     if F.RIGHT:
         seen = seen & (j <= i + (place.shift + terms.right))
