@@ -187,12 +187,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
     std::array<int64_t, 4> size, strides;
     int64_t count = 1;
     for (int i = 3; i >= 0; --i) {
-      size[i] = bias->stride(i) == 0 ? std::min<int64_t>(bias->size(i), 1) : bias->size(i);
-      strides[i] = bias->stride(i) == 0 ? 0 : count;
+      size[i] = bias->size(i);
+      strides[i] = size[i] == 1 ? 0 : count;
       count *= size[i];
     }
-    g.grad_bias_once = strides[2] != 0 && strides[3] != 0 &&
-                       count == p.batch * p.heads * p.seqlen_q * p.seqlen_k;
+    g.grad_bias_once =
+        strides[2] != 0 && strides[3] != 0 && count == p.batch * p.heads * p.seqlen_q * p.seqlen_k;
     const bool all_written = g.grad_bias_once && p.window_left < 0 && p.window_right < 0;
     bias_sums = all_written ? empty_contiguous(size, ScalarType::Float)
                             : torch::stable::new_zeros(lse, {size[0], size[1], size[2], size[3]});
