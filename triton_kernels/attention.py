@@ -7,10 +7,11 @@ from . import common
 from .attention_backward import backward, varlen_backward
 from .attention_call import Call, Options, Packed, set_allocator
 from .attention_configs import forward_configs
+from .attention_decode import decode
 from .attention_forward_kernels import attention_forward_kernel
 from .common import Config
 
-__all__ = ["backward", "forward", "supports", "varlen_backward", "varlen_forward"]
+__all__ = ["backward", "decode", "forward", "supports", "varlen_backward", "varlen_forward"]
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_HEAD_DIM = 256

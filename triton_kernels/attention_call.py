@@ -99,14 +99,15 @@ class Call:
             padded,
         )
 
-    def terms(self) -> Terms:
+    def terms(self, capacity: int = 0) -> Terms:
+        """`capacity`: of a paged cache, which holds more than a page of keys."""
         options, any_pointer = self.options, self.query
         slopes, bias = self.alibi_slopes, self.bias
         if slopes is not None:
             slopes = slopes.contiguous()
         if bias is not None and bias.dtype is torch.bool:
             bias = bias.view(torch.uint8)
-        reach = self.seqlen_q + self.seqlen_k
+        reach = self.seqlen_q + max(self.seqlen_k, capacity)
         return Terms(
             scale=float(options.scale),
             scale2=options.scale * LOG2E,

@@ -7,7 +7,7 @@ keys rounds differently.
 import torch
 
 from .attention_tile import Flags
-from .common import INTERPRET, Config
+from .common import INTERPRET, Config, power_of_2
 
 
 def _config(block_m: int, block_n: int, num_warps: int, num_stages: int, maxnreg=None) -> Config:
@@ -92,3 +92,14 @@ def bias_configs(flags: Flags, dtype: torch.dtype) -> list[Config]:
     if dtype is torch.float32:
         return [_config(32, 32, 4, 1)]
     return [_config(64, 64, 8, 1)]
+
+
+def decode_configs(flags: Flags, dtype: torch.dtype, rows: int) -> list[Config]:
+    """`rows`: queries of all heads that share a key head."""
+    width = max(flags.BLOCK_D, flags.BLOCK_DV)
+    if INTERPRET:
+        return [_config(16, 16, 4, 1)]
+    block_m = power_of_2(rows, 16, 64 if width <= 128 else 32)
+    if dtype is torch.float32:
+        return [_config(16, 32 if width <= 128 else 16, 4, 2)]
+    return [_config(block_m, 64 if width <= 128 else 32, 4, 3)]
