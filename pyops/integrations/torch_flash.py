@@ -70,7 +70,9 @@ class Override:
             *(_four_dimensions(attn_mask), None, None, None),
             *_spec(query, is_causal, scale),
         )
-        if attn_mask is not None:  # torch has 0 where a row sees nothing, and its backward counts on it
+        if (
+            attn_mask is not None
+        ):  # torch has 0 where a row sees nothing, and its backward counts on it
             lse = lse.masked_fill(lse == -torch.inf, 0.0)
         if not (query.is_contiguous() or lies_heads_inside(query)):
             output = torch.empty_like(query).copy_(output)

@@ -108,7 +108,9 @@ def per_head(tensor: Tensor | None) -> Tensor | None:
 
 def unit_last(tensor: Tensor) -> Tensor:
     """The tensor itself where the elements of a head lie together, else a copy."""
-    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
+    if tensor.stride(-1) == 1 or tensor.shape[-1] == 1:
+        return tensor
+    return tensor.clone(memory_format=torch.contiguous_format)  # contiguous() leaves empty ones
 
 
 def is_true_or_false(name: str, value: Any) -> None:

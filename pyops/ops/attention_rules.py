@@ -14,6 +14,7 @@ from torch import Tensor
 from ..reference import attention as reference
 from ..reference.attention import AttentionSpec, compute_dtype, lies_heads_inside
 from . import _registration as registration
+from .attention_checks import unit_last
 
 _OP = "attention"
 
@@ -82,6 +83,7 @@ def _gradients(
         return (None,) * 6
     if grad_output is None:
         grad_output = torch.zeros_like(ctx.saved_tensors[3])
+    grad_output = unit_last(grad_output)
     grads = backward_op(grad_output, grad_lse, *ctx.saved_tensors, *ctx.spec, mask)
     dq, dk, dv, dbias, dsinks = (
         grad if asked else None for grad, asked in zip(grads, mask, strict=True)

@@ -10,6 +10,7 @@ from torch import Tensor
 from ..reference import attention_varlen as reference
 from ..reference.attention import AttentionSpec, compute_dtype
 from . import _registration as registration
+from .attention_checks import unit_last
 from .attention_rules import backward_op_of, second_order
 
 _OP = "attention_varlen"
@@ -65,7 +66,7 @@ def _gradients(
     if grad_output is None:
         grad_output = torch.zeros_like(saved[3])
     grads = backward_op(
-        grad_output, grad_lse, *saved[:7], *ctx.max_seqlens, *saved[7:], *ctx.spec, mask
+        unit_last(grad_output), grad_lse, *saved[:7], *ctx.max_seqlens, *saved[7:], *ctx.spec, mask
     )
     dq, dk, dv, dsinks = (grad if asked else None for grad, asked in zip(grads, mask, strict=True))
     return dq, dk, dv, None, None, None, None, None, dsinks
