@@ -188,7 +188,7 @@ struct ScoreRow {
 };
 
 // Row r's scores and grads of the vector at key c, in place. kEdge: the row does not see all of it.
-template <bool kPlain, bool kEdge>
+template <bool kPlain, bool kEdge, int kExpDegree>
 PYOPS_INLINE void score_vector(const ScoreTile& t, const ScoreRow& row, int c) {
   const AttentionProblem& p = t.g->p;
   float *scores = row.scores + c, *grads = row.grads + c;
@@ -216,7 +216,7 @@ PYOPS_INLINE void score_vector(const ScoreTile& t, const ScoreRow& row, int c) {
     x = (x - row.lse) * kLog2e;
     hidden |= x < -126.0f;
   }
-  Vec probability = exp2(x);
+  Vec probability = exp2<kExpDegree>(x);
   if constexpr (!kPlain || kEdge) probability = hidden ? Vec{} : probability;
   Vec kept = probability;
   if constexpr (!kPlain) {
@@ -236,7 +236,7 @@ PYOPS_INLINE void score_vector(const ScoreTile& t, const ScoreRow& row, int c) {
 }
 
 // Row r of scores and grads, in place. Vectors [begin, end) were computed; the others become 0.
-template <bool kPlain>
+template <bool kPlain, int kExpDegree>
 PYOPS_INLINE void score_row(ScoreTile& t, int r, int begin, int end, int vecs) {
   const AttentionBackward& g = *t.g;
   const AttentionProblem& p = g.p;
@@ -261,9 +261,9 @@ PYOPS_INLINE void score_row(ScoreTile& t, int r, int begin, int end, int vecs) {
       store(row.scores + c, Vec{});
       store(row.grads + c, Vec{});
     } else if (c < row.first || c + kLanes > row.end) {
-      score_vector<kPlain, true>(t, row, c);
+      score_vector<kPlain, true, kExpDegree>(t, row, c);
     } else {
-      score_vector<kPlain, false>(t, row, c);
+      score_vector<kPlain, false, kExpDegree>(t, row, c);
     }
   }
   if constexpr (!kPlain) {
