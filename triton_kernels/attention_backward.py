@@ -1,4 +1,4 @@
-"""Gradients of attention: the launchers."""
+"""Attention's backward pass: the launchers."""
 
 import math
 
@@ -17,8 +17,6 @@ from .attention_call import (
     LOG2E,
     ROW_PADDING,
     Call,
-    Options,
-    Packed,
     set_allocator,
     takes_boxes,
     unit_stride,
@@ -28,75 +26,7 @@ from .attention_tile import Flags
 from .common import Config
 
 
-def backward(
-    grad_output: torch.Tensor,
-    grad_lse: torch.Tensor | None,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    output: torch.Tensor,
-    lse: torch.Tensor,
-    bias: torch.Tensor | None,
-    alibi_slopes: torch.Tensor | None,
-    sinks: torch.Tensor | None,
-    rng_state: torch.Tensor | None,
-    scale: float,
-    softcap: float,
-    window_left: int,
-    window_right: int,
-    top_left: bool,
-    dropout_p: float,
-    output_mask: tuple[bool, bool, bool, bool, bool],
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of (query, key, value, bias, sinks), each an empty (0,) tensor where `output_mask`
-    is False.
-
-    Arguments as `forward`'s; output and lse are its results. Gradients are in their tensor's layout
-    and dtype; the bias's has size 1 in each dimension in which the bias has stride 0; the sinks' is
-    float32. A bool bias has no gradient.
-    """
-    options = Options(scale, softcap, window_left, window_right, top_left, dropout_p)
-    call = Call(query, key, value, options, None, bias, alibi_slopes, sinks, rng_state)
-    return _backward(call, grad_output, grad_lse, output, lse, output_mask)
-
-
-def varlen_backward(
-    grad_output: torch.Tensor,
-    grad_lse: torch.Tensor | None,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    output: torch.Tensor,
-    lse: torch.Tensor,
-    cu_seqlens_q: torch.Tensor,
-    cu_seqlens_k: torch.Tensor,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    alibi_slopes: torch.Tensor | None,
-    sinks: torch.Tensor | None,
-    rng_state: torch.Tensor | None,
-    scale: float,
-    softcap: float,
-    window_left: int,
-    window_right: int,
-    top_left: bool,
-    dropout_p: float,
-    output_mask: tuple[bool, bool, bool, bool],
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """`backward` of packed sequences: gradients of (query, key, value, sinks); 0 in rows past the
-    last sequence.
-    """
-    options = Options(scale, softcap, window_left, window_right, top_left, dropout_p)
-    packed = Packed(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-    call = Call(query, key, value, options, packed, None, alibi_slopes, sinks, rng_state)
-    mask = (*output_mask[:3], False, output_mask[3])
-    grad_query, grad_key, grad_value, _, grad_sinks = _backward(
-        call, grad_output, grad_lse, output, lse, mask
-    )
-    return grad_query, grad_key, grad_value, grad_sinks
-
-
-def _backward(
+def run_backward(
     call: Call,
     grad_output: torch.Tensor,
     grad_lse: torch.Tensor | None,
@@ -111,10 +41,9 @@ def _backward(
         for tensor, wanted in zip((query, key, value), mask[:3], strict=True)
     ]
     grad_bias, grad_sinks = empty, query.new_empty(0, dtype=torch.float32)
-    reduced = bias is not None and [bias.stride(d) == 0 or bias.size(d) == 1 for d in range(4)]
+    reduced = [] if bias is None else [size == 1 for size in bias.shape]
     if mask[3]:
-        shape = [1 if sums else size for sums, size in zip(reduced, bias.shape, strict=True)]
-        grad_bias = bias.new_empty(shape)
+        grad_bias = bias.new_empty(bias.shape)
     nothing = query.numel() == 0 or key.numel() == 0 or call.seqlen_q == 0 or call.seqlen_k == 0
     # Rows of no sequence.
     for grad in (*grads, grad_bias):

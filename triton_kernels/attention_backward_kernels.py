@@ -377,43 +377,45 @@ def add_keys(
     BLOCK_M: tl.constexpr = dq.shape[0]
     i = (i0 + tl.arange(0, BLOCK_M))[:, None]
     kv_head = place.head // F.GROUP
-    for block in range(first, end):
-        j0 = block * BLOCK_N
-        j = (j0 + tl.arange(0, BLOCK_N))[None, :]
-        k = load_rows(
-            key_rows,
-            key,
-            place.batch,
-            kv_head,
-            j0,
-            place.seqlen_k,
-            BLOCK_N,
-            F.D,
-            F.BLOCK_D,
-            MASKED,
-            F,
-        )
-        v = load_rows(
-            value_rows,
-            value,
-            place.batch,
-            kv_head,
-            j0,
-            place.seqlen_k,
-            BLOCK_N,
-            F.DV,
-            F.BLOCK_DV,
-            MASKED,
-            F,
-        )
-        score = tl.dot(q, k.T, input_precision=F.PRECISION)
-        dp = tl.dot(do, v.T, input_precision=F.PRECISION)
-        p, slope = probabilities(score, row_lse2[:, None], i, j, place, terms, MASKED, F)
-        keep = 1
-        if F.DROPOUT:
-            keep = kept(i0, j0, place, sizes, terms, BLOCK_M, BLOCK_N, False)
-        ds = score_gradient(p, dp, row_delta[:, None], keep, slope, terms, F)
-        dq = tl.dot(narrow(ds, key.pointer, F), k, dq, input_precision=F.PRECISION)
+    if end > first:
+        tl.assume(end > first)
+        for block in range(first, end):
+            j0 = block * BLOCK_N
+            j = (j0 + tl.arange(0, BLOCK_N))[None, :]
+            k = load_rows(
+                key_rows,
+                key,
+                place.batch,
+                kv_head,
+                j0,
+                place.seqlen_k,
+                BLOCK_N,
+                F.D,
+                F.BLOCK_D,
+                MASKED,
+                F,
+            )
+            v = load_rows(
+                value_rows,
+                value,
+                place.batch,
+                kv_head,
+                j0,
+                place.seqlen_k,
+                BLOCK_N,
+                F.DV,
+                F.BLOCK_DV,
+                MASKED,
+                F,
+            )
+            score = tl.dot(q, k.T, input_precision=F.PRECISION)
+            dp = tl.dot(do, v.T, input_precision=F.PRECISION)
+            p, slope = probabilities(score, row_lse2[:, None], i, j, place, terms, MASKED, F)
+            keep = 1
+            if F.DROPOUT:
+                keep = kept(i0, j0, place, sizes, terms, BLOCK_M, BLOCK_N, False)
+            ds = score_gradient(p, dp, row_delta[:, None], keep, slope, terms, F)
+            dq = tl.dot(narrow(ds, key.pointer, F), k, dq, input_precision=F.PRECISION)
     return dq
 
 

@@ -9,6 +9,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from . import common
 from .attention_tile import Flags, Sizes, Strided, Terms
 
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+MAX_HEAD_DIM = 256
 LOG2E = 1.4426950408889634
 # Rows that backward prepares of each query are padded to a multiple of this, the largest block.
 ROW_PADDING = 128
@@ -107,6 +109,7 @@ class Call:
             slopes = slopes.contiguous()
         if bias is not None and bias.dtype is torch.bool:
             bias = bias.view(torch.uint8)
+        bias_strides = [0] * 4 if bias is None else _broadcast_strides(bias)
         reach = self.seqlen_q + max(self.seqlen_k, capacity)
         return Terms(
             scale=float(options.scale),
@@ -118,10 +121,10 @@ class Call:
             alibi_slopes=any_pointer if slopes is None else slopes,
             alibi_batch=slopes.stride(0) if slopes is not None and slopes.dim() == 2 else 0,
             bias=any_pointer if bias is None else bias,
-            bias_batch=0 if bias is None else bias.stride(0),
-            bias_head=0 if bias is None else bias.stride(1),
-            bias_row=0 if bias is None else bias.stride(2),
-            bias_column=0 if bias is None else bias.stride(3),
+            bias_batch=bias_strides[0],
+            bias_head=bias_strides[1],
+            bias_row=bias_strides[2],
+            bias_column=bias_strides[3],
             sinks=any_pointer if self.sinks is None else self.sinks.contiguous(),
             rng_state=any_pointer if self.rng_state is None else self.rng_state.contiguous(),
             threshold=min(round(options.dropout_p * 2**32), 2**32 - 1),
@@ -217,6 +220,13 @@ def _box_strides(tensor: torch.Tensor) -> list[int]:
     ] + [1]
 
 
+def _broadcast_strides(tensor: torch.Tensor) -> list[int]:
+    return [
+        stride if size > 1 else 0
+        for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
+    ]
+
+
 def _extent(tensor: torch.Tensor) -> int:
     """Elements from one end of a head, or of a packed tensor, to the other."""
     rows = tensor.size(0) * tensor.stride(0) if tensor.dim() == 3 else 0
@@ -246,3 +256,31 @@ def set_allocator(flags: Flags) -> None:
 def _allocate(size: int, alignment: int, stream: int | None) -> torch.Tensor:
     # torch's blocks are aligned to 512 bytes and freed in the order of the current stream.
     return torch.empty(size, dtype=torch.int8, device="cuda")
+
+
+def supports(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    bias: torch.Tensor | None,
+    alibi_slopes: torch.Tensor | None,
+    sinks: torch.Tensor | None,
+    spec: tuple,
+    needs_grad: bool,
+) -> str | None:
+    """None if the Triton kernels take this call, else a sentence saying why not.
+
+    The same for all three ops; in decoding key and value are the caches. Looks at shapes, dtypes and
+    devices only, so fake and meta tensors do.
+    """
+    if query.dtype not in DTYPES or {key.dtype, value.dtype} != {query.dtype}:
+        return (
+            "the Triton kernels take float32, bfloat16 and float16, query, key and value alike, "
+            f"not {query.dtype}, {key.dtype} and {value.dtype}"
+        )
+    narrowest, widest = sorted((query.size(-1), value.size(-1)))
+    if narrowest < 1 or widest > MAX_HEAD_DIM:
+        return f"the Triton kernels take head dims from 1 to {MAX_HEAD_DIM}, not {widest}"
+    if query.device.type == "cpu" and not common.INTERPRET:
+        return "the Triton kernels need a GPU (or TRITON_INTERPRET=1)"
+    return None

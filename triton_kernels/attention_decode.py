@@ -6,7 +6,7 @@ import torch
 import triton
 
 from . import common
-from .attention_call import Call, Options
+from .attention_call import Call, Options, supports
 from .attention_configs import decode_configs
 from .attention_decode_kernels import (
     attention_decode_append_kernel,
@@ -15,6 +15,8 @@ from .attention_decode_kernels import (
 )
 from .attention_tile import Strided
 from .common import Config
+
+__all__ = ["decode", "supports"]
 
 MAX_SPLITS = 128
 

@@ -248,10 +248,10 @@ def attention_decode_combine_kernel(
     column = tl.arange(0, BLOCK_DV)
     acc = tl.zeros((BLOCK_DV,), tl.float32)
     for start in range(0, splits, CHUNK):
-        part = start + tl.arange(0, CHUNK)
-        base = part.to(tl.int64) * rows + row
-        log = tl.load(partial_lse + base, mask=part < splits, other=float("-inf")) * LOG2E
-        mask = (part < splits)[:, None] & (column < DV)[None, :]
+        near = start + tl.arange(0, CHUNK)
+        base = near.to(tl.int64) * rows + row
+        log = tl.load(partial_lse + base, mask=near < splits, other=float("-inf")) * LOG2E
+        mask = (near < splits)[:, None] & (column < DV)[None, :]
         tile = tl.load(partial + base[:, None] * DV + column[None, :], mask=mask, other=0.0)
         acc += tl.sum(tile * tl.exp2(log - reference)[:, None], 0)
     acc = tl.where(total == 0, 0.0, acc / total)

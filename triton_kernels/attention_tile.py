@@ -181,7 +181,8 @@ def rows_of(
     elif F.LOADS == "device":
         return tl.make_tensor_descriptor(
             base,
-            [heads, rows, WIDTH],
+            # A sequence of no rows is never read, but has a descriptor.
+            [heads, tl.maximum(rows, 1), WIDTH],
             [tensor.head.to(tl.int64), tensor.row.to(tl.int64), 1],
             [1, BLOCK, BLOCK_WIDTH],
         )
@@ -346,7 +347,7 @@ def kept(i0, j0, place, sizes, terms, M: tl.constexpr, N: tl.constexpr, TRANSPOS
     lane = tl.zeros(shape, tl.int32) + (place.batch * sizes.heads + place.head)
     offset = tl.zeros(shape, tl.uint32) + place.offset
     w0, w1, w2, w3 = tl.philox(place.seed, column, row, lane, offset)
-    threshold = terms.threshold.to(tl.uint32)
+    threshold = tl.cast(terms.threshold, tl.uint32)
     w0, w1 = (w0 >= threshold).to(tl.int8), (w1 >= threshold).to(tl.int8)
     w2, w3 = (w2 >= threshold).to(tl.int8), (w3 >= threshold).to(tl.int8)
     words = tl.join(tl.join(w0, w2), tl.join(w1, w3))
