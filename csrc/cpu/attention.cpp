@@ -168,9 +168,8 @@ AttentionProblem make_attention_problem(const Tensor& query, const Tensor& key, 
     const int64_t full[4] = {p.batch, p.heads, p.seqlen_q, p.seqlen_k};
     int64_t strides[4];
     for (int i = 0; i < 4; ++i) {
-      STD_TORCH_CHECK(bias->size(i) == 1 || bias->size(i) == full[i],
-                      "bias: expected size 1 or ", full[i], " in dimension ", i, ", got ",
-                      bias->size(i));
+      STD_TORCH_CHECK(bias->size(i) == 1 || bias->size(i) == full[i], "bias: expected size 1 or ",
+                      full[i], " in dimension ", i, ", got ", bias->size(i));
       strides[i] = bias->size(i) == 1 ? 0 : bias->stride(i);
     }
     STD_TORCH_CHECK(bias->device() == query.device(), "bias: expected the device of query");

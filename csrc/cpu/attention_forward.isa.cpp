@@ -30,13 +30,15 @@ struct Plan {
   int64_t units, tasks;   // units a task has at most; tasks of one (batch, key head)
   int64_t words;          // of one query
   int64_t block_keys;
-  bool convert;  // keys and values go to float scratch
+  bool few_keys;  // one block holds them all
+  bool convert;   // keys and values go to float scratch
 };
 
 struct Unit {
   int64_t h, row, rows, vectors, width;
   int64_t begin, end;  // keys that any of its rows sees; begin % kQuad == 0
   bool first;          // no block has been added yet
+  bool by_rows;        // see output_rows
   float *q, *o;        // (words, width), (head_dim_v, width)
   float *most, *sum;   // (width,): running maximum of the scores, sum of exp(score - most)
 };
@@ -254,8 +256,13 @@ void add_block(const Plan& plan, const AttentionSequence& sequence, int64_t b, U
     store(u.sum + i * kLanes, fma(load(u.sum + i * kLanes), rescale, sum));
     store(alpha + i * kLanes, rescale);
   }
-  output_vectors<kPairs>(u.vectors, scores, u.width, v, v_row, range, alpha, u.first, u.o,
-                         p.head_dim_v);
+  if (u.by_rows) {
+    output_rows(scores, u.width, reinterpret_cast<const float*>(v), v_row / 4, range, u.o,
+                p.head_dim_v, static_cast<int>(u.rows));
+  } else {
+    output_vectors<kPairs>(u.vectors, scores, u.width, v, v_row, range, alpha, u.first, u.o,
+                           p.head_dim_v);
+  }
   u.first = false;
 }
 
@@ -266,11 +273,21 @@ void store_output(const Plan& plan, const Unit& u, T* output, float* lse) {
   const AttentionForward& f = plan.f;
   const int64_t row_stride = f.output_strides.row, dim = f.p.head_dim_v;
   for (int64_t v = 0; v < u.vectors; ++v) {
-    const int64_t rows = min(kLanes, u.rows - v * kLanes);
+    const int rows = static_cast<int>(min(kLanes, u.rows - v * kLanes));
     const Vec sum = load(u.sum + v * kLanes);
     const Vec factor = sum == Vec{} ? Vec{} : f.p.keep_scale / sum;
     const Vec total = fma(load(u.most + v * kLanes), splat(plan.to_log), log(sum));
-    store_first(lse + v * kLanes, total, static_cast<int>(rows));
+    store_first(lse + v * kLanes, total, rows);
+    if (u.by_rows) {
+      for (int i = 0; i < rows; ++i) {
+        const float* row = u.o + i * round_up(dim, kLanes);
+        for (int64_t d = 0; d < dim; d += kLanes) {
+          const Vec out = u.first ? Vec{} : load(row + d) * factor[i];
+          store_first(output + i * row_stride + d, out, static_cast<int>(min(kLanes, dim - d)));
+        }
+      }
+      continue;
+    }
     for (int64_t d = 0; d < dim; d += kLanes) {
       const int count = static_cast<int>(min(kLanes, dim - d));
       Vec block[kLanes];
@@ -288,11 +305,41 @@ void store_output(const Plan& plan, const Unit& u, T* output, float* lse) {
   }
 }
 
+// Where a task lies: units [first, end) of one (batch, key head).
+struct Place {
+  int64_t b, head_kv, first, end;
+};
+
+PYOPS_INLINE Place place_of(const Plan& plan, int64_t task) {
+  const int64_t head = task / plan.tasks, first = (task - head * plan.tasks) * plan.units;
+  const int64_t b = head / plan.f.p.heads_kv;
+  return {b, head - b * plan.f.p.heads_kv, first,
+          min(first + plan.units, plan.blocks * plan.group)};
+}
+
+// Sets head and rows of a unit, the longest of a causal head first; false if it has no rows.
+PYOPS_INLINE bool set_rows(const Plan& plan, const AttentionSequence& sequence, const Place& place,
+                           int64_t i, Unit* u) {
+  const int64_t block = plan.group == 1 ? i : i / plan.group;
+  u->h = place.head_kv * plan.group + i - block * plan.group;
+  u->row = (plan.blocks - 1 - block) * kBlockQueries;
+  u->rows = min(kBlockQueries, sequence.seqlen_q - u->row);
+  return u->rows > 0;
+}
+
+template <class T>
+PYOPS_INLINE const T* query_of(const AttentionProblem& p, const AttentionSequence& sequence,
+                               int64_t b, const Unit& u) {
+  return static_cast<const T*>(p.query) + b * p.query_strides.batch + u.h * p.query_strides.head +
+         (sequence.first_q + u.row) * p.query_strides.row;
+}
+
 template <class T, bool kPairs>
 void run_task(const Plan& plan, int64_t task) {
   const AttentionForward& f = plan.f;
   const AttentionProblem& p = f.p;
-  const int64_t head_kv = task / plan.tasks % p.heads_kv, b = task / plan.tasks / p.heads_kv;
+  const Place place = place_of(plan, task);
+  const int64_t head_kv = place.head_kv, b = place.b;
   const AttentionSequence sequence = attention_sequence(p, b);
 
   constexpr int64_t kWidth = kBlockQueries;
@@ -310,20 +357,17 @@ void run_task(const Plan& plan, int64_t task) {
 
   Unit units[kMostUnits];
   int64_t count = 0, begin = sequence.seqlen_k, end = 0;
-  const int64_t first_unit = task % plan.tasks * plan.units;
-  for (int64_t i = first_unit; i < min(first_unit + plan.units, plan.blocks * plan.group); ++i) {
+  for (int64_t i = place.first; i < place.end; ++i) {
     Unit& u = units[count];
-    u.h = head_kv * plan.group + i % plan.group;
-    u.row =
-        (plan.blocks - 1 - i / plan.group) * kBlockQueries;  // the longest of a causal head first
-    u.rows = min(kBlockQueries, sequence.seqlen_q - u.row);
-    if (u.rows <= 0) continue;
+    if (!set_rows(plan, sequence, place, i, &u)) continue;
     ++count;
     u.vectors = ceil_div(u.rows, kLanes), u.width = u.vectors * kLanes;
     u.begin = round_down(min(first_visible(p, sequence, u.row), sequence.seqlen_k), kQuad);
     u.end = end_visible(p, sequence, u.row + u.rows - 1);
     if (u.begin < u.end) begin = min(begin, u.begin), end = max(end, u.end);
     u.first = true;
+    u.by_rows = !kPairs && u.vectors == 1 && plan.few_keys &&
+                u.rows * ceil_div(p.head_dim_v, kLanes) <= p.head_dim_v;
     u.most = memory, u.sum = u.most + kWidth, u.q = u.sum + kWidth;
     u.o = u.q + plan.words * kWidth;
     memory += unit_floats;
@@ -332,9 +376,7 @@ void run_task(const Plan& plan, int64_t task) {
       store(u.sum + v * kLanes, splat(p.sinks ? 1.0f : 0.0f));
     }
     if (u.begin >= u.end) continue;
-    const T* query = static_cast<const T*>(p.query) + b * p.query_strides.batch +
-                     u.h * p.query_strides.head + (sequence.first_q + u.row) * p.query_strides.row;
-    pack_query<T, kPairs>(query, p.query_strides.row, p.head_dim, u);
+    pack_query<T, kPairs>(query_of<T>(p, sequence, b, u), p.query_strides.row, p.head_dim, u);
   }
 
   const T* key = static_cast<const T*>(p.key) + b * p.key_strides.batch +
@@ -383,6 +425,7 @@ void run(Plan plan) {
   const int64_t units = plan.blocks * plan.group, heads = p.batch * p.heads_kv;
   plan.words = ceil_div(p.head_dim, kPairs ? 2 : 1);
   plan.block_keys = kPairs ? 256 : 128;
+  plan.few_keys = p.seqlen_k <= plan.block_keys;
   plan.convert = !kPairs && sizeof(T) < sizeof(float);
   // Converted keys and values serve several units, unless that leaves threads idle.
   const int64_t threads = num_threads();

@@ -58,12 +58,13 @@ constexpr int tile_rows() {
   return kAccumulators / Vectors;
 }
 
-// k: rows of `dim` elements, k_row bytes apart. s: Rows rows of Vectors vectors.
+// s (+)= scores of Rows keys, k_row bytes apart, over `words` words and, with pairs, perhaps half a
+// word more. s: Rows rows of Vectors vectors.
 template <bool kPairs, int Rows, int Vectors>
 __attribute__((noinline)) void score_tile(const float* q, int64_t width, const char* k,
-                                          int64_t k_row, int64_t dim, float* s) {
+                                          int64_t k_row, int64_t words, bool half, bool add,
+                                          float* s) {
   Vec sum[Rows][Vectors] = {};
-  const int64_t words = kPairs ? dim / 2 : dim;
   for (int64_t w = 0; w < words; ++w, q += width) {
     Vec query[Vectors];
 #pragma GCC unroll 4
@@ -75,7 +76,7 @@ __attribute__((noinline)) void score_tile(const float* q, int64_t width, const c
       for (int v = 0; v < Vectors; ++v) sum[r][v] = add_product<kPairs>(key, query[v], sum[r][v]);
     }
   }
-  if (kPairs && dim % 2) {
+  if (kPairs && half) {
 #pragma GCC unroll 16
     for (int r = 0; r < Rows; ++r) {
       const Vec key = splat_half_word(k + r * k_row + words * 4);
@@ -86,29 +87,46 @@ __attribute__((noinline)) void score_tile(const float* q, int64_t width, const c
     }
   }
 #pragma GCC unroll 16
-  for (int r = 0; r < Rows; ++r) {
+  for (int r = 0; r < Rows; ++r, s += width) {
 #pragma GCC unroll 4
-    for (int v = 0; v < Vectors; ++v) store(s + r * width + v * kLanes, sum[r][v]);
+    for (int v = 0; v < Vectors; ++v) {
+      store(s + v * kLanes, add ? load(s + v * kLanes) + sum[r][v] : sum[r][v]);
+    }
   }
 }
 
-// The scores of keys [0, count); tiles of the full height, then one of what is left.
 template <bool kPairs, int Vectors, int Rest = tile_rows<Vectors>() - 1>
 PYOPS_INLINE void score_rest(const float* q, int64_t width, const char* k, int64_t k_row,
-                             int64_t dim, float* s, int64_t count) {
+                             int64_t words, bool half, bool add, float* s, int64_t count) {
   if constexpr (Rest > 0) {
-    if (count == Rest) return score_tile<kPairs, Rest, Vectors>(q, width, k, k_row, dim, s);
-    score_rest<kPairs, Vectors, Rest - 1>(q, width, k, k_row, dim, s, count);
+    if (count == Rest) {
+      return score_tile<kPairs, Rest, Vectors>(q, width, k, k_row, words, half, add, s);
+    }
+    score_rest<kPairs, Vectors, Rest - 1>(q, width, k, k_row, words, half, add, s, count);
   }
 }
+// The scores of `count` keys of `dim` elements: tiles of the full height, then one of what is left.
 template <bool kPairs, int Vectors>
 void score_keys(const float* q, int64_t width, const char* k, int64_t k_row, int64_t dim, float* s,
                 int64_t count) {
   constexpr int kRows = tile_rows<Vectors>();
-  for (; count >= kRows; count -= kRows, k += kRows * k_row, s += kRows * width) {
-    score_tile<kPairs, kRows, Vectors>(q, width, k, k_row, dim, s);
-  }
-  score_rest<kPairs, Vectors>(q, width, k, k_row, dim, s, count);
+  // Summed from zero before they are added to the score: bounds the rounding error.
+  constexpr int64_t kSumWords = 128;
+  const int64_t words = kPairs ? dim / 2 : dim;
+  int64_t w = 0;
+  do {
+    const int64_t part = words - w < kSumWords ? words - w : kSumWords;
+    const bool half = kPairs && dim % 2 && w + part == words, add = w > 0;
+    const float* query = q + w * width;
+    const char* key = k + w * 4;
+    float* out = s;
+    int64_t left = count;
+    for (; left >= kRows; left -= kRows, key += kRows * k_row, out += kRows * width) {
+      score_tile<kPairs, kRows, Vectors>(query, width, key, k_row, part, half, add, out);
+    }
+    score_rest<kPairs, Vectors>(query, width, key, k_row, part, half, add, out, left);
+    w += part;
+  } while (w < words);
 }
 
 // The keys that an output tile sums over: vector v of the queries has words [begin, end[v]), and
@@ -183,6 +201,34 @@ void output_dims(const float* p, int64_t width, const char* v, int64_t v_row,
     output_tile<kPairs, kRows, Vectors>(p, width, v, v_row, range, alpha, first, o);
   }
   output_rest<kPairs, Vectors>(p, width, v, v_row, range, alpha, first, o, dim);
+}
+
+// o = P V as it lies, (Rows, dim rounded up to whole vectors), for one vector of queries, one block
+// of keys and floats: fewer products than a tile where queries are fewer than lanes, and nothing
+// to transpose.
+template <int Rows>
+void output_rows_of(const float* p, int64_t width, const float* v, int64_t v_row, int64_t begin,
+                    int64_t end, float* o, int64_t dim) {
+  const int64_t o_row = (dim + kLanes - 1) / kLanes * kLanes;
+  for (int64_t d = 0; d < dim; d += kLanes) {
+    const int count = static_cast<int>(dim - d < kLanes ? dim - d : kLanes);
+    Vec sum[Rows] = {};
+    for (int64_t j = begin; j < end; ++j) {
+      const Vec value = load_first(v + j * v_row + d, count);
+#pragma GCC unroll 16
+      for (int r = 0; r < Rows; ++r) sum[r] = fma(splat(p[j * width + r]), value, sum[r]);
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < Rows; ++r) store(o + r * o_row + d, sum[r]);
+  }
+}
+template <int Rows = kLanes>
+PYOPS_INLINE void output_rows(const float* p, int64_t width, const float* v, int64_t v_row,
+                              const WordRange& range, float* o, int64_t dim, int rows) {
+  if constexpr (Rows > 1) {
+    if (rows < Rows) return output_rows<Rows - 1>(p, width, v, v_row, range, o, dim, rows);
+  }
+  output_rows_of<Rows>(p, width, v, v_row, range.begin, range.end[0], o, dim);
 }
 
 }  // namespace
