@@ -14,6 +14,12 @@
   "int output_padding_w, int dilation_h, int dilation_w, int groups, str activation, " \
   "float negative_slope"
 
+#define PYOPS_ATTENTION_OPTIONS \
+  "float scale, float softcap, int window_left, int window_right, bool top_left, float dropout_p"
+#define PYOPS_ATTENTION_VARLEN                                                             \
+  "Tensor cu_seqlens_q, Tensor cu_seqlens_k, int max_seqlen_q, int max_seqlen_k, Tensor? " \
+  "alibi_slopes, Tensor? sinks, Tensor? rng_state, " PYOPS_ATTENTION_OPTIONS
+
 STABLE_TORCH_LIBRARY(pyops, m) {
   m.def("conv_relu_pool2d(Tensor input, Tensor weight, Tensor? bias, " PYOPS_CONV_GEOMETRY
         ", bool with_codes) -> (Tensor output, Tensor codes)");
@@ -29,4 +35,27 @@ STABLE_TORCH_LIBRARY(pyops, m) {
       "bias, Tensor? scale, Tensor output, " PYOPS_CONV_TRANSPOSE_GEOMETRY
       ", bool[5] output_mask) -> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias, Tensor "
       "grad_scale, Tensor grad_shift)");
+  m.def(
+      "attention(Tensor query, Tensor key, Tensor value, Tensor? bias, Tensor? alibi_slopes, "
+      "Tensor? sinks, Tensor? rng_state, " PYOPS_ATTENTION_OPTIONS
+      ") -> (Tensor output, Tensor lse)");
+  m.def(
+      "attention_backward(Tensor grad_output, Tensor? grad_lse, Tensor query, Tensor key, Tensor "
+      "value, Tensor output, Tensor lse, Tensor? bias, Tensor? alibi_slopes, Tensor? sinks, "
+      "Tensor? rng_state, " PYOPS_ATTENTION_OPTIONS
+      ", bool[5] output_mask) -> (Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor "
+      "grad_bias, Tensor grad_sinks)");
+  m.def("attention_varlen(Tensor query, Tensor key, Tensor value, " PYOPS_ATTENTION_VARLEN
+        ") -> (Tensor output, Tensor lse)");
+  m.def(
+      "attention_varlen_backward(Tensor grad_output, Tensor? grad_lse, Tensor query, Tensor key, "
+      "Tensor value, Tensor output, Tensor lse, " PYOPS_ATTENTION_VARLEN
+      ", bool[4] output_mask) -> (Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor "
+      "grad_sinks)");
+  m.def(
+      "attention_decode(Tensor query, Tensor(a!) key_cache, Tensor(b!) value_cache, Tensor? key, "
+      "Tensor? value, Tensor? cache_seqlens, Tensor? block_table, Tensor? rotary_cos, Tensor? "
+      "rotary_sin, bool rotary_interleaved, Tensor? alibi_slopes, Tensor? sinks, float scale, "
+      "float softcap, int window_left, int window_right, int num_splits) -> (Tensor output, Tensor "
+      "lse)");
 }

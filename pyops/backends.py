@@ -24,6 +24,9 @@ PROVEN: dict[tuple[str, str, tuple[int, int]], str] = {}
 OPS: dict[str, tuple[str, ...]] = {
     "conv_relu_pool2d": ("cpu", "triton"),
     "conv_transpose2d_act": ("cpu", "triton"),
+    "attention": ("cpu", "triton"),
+    "attention_varlen": ("cpu", "triton"),
+    "attention_decode": ("cpu", "triton"),
 }
 
 _missing: dict[str, str] = {}  # native library -> why it could not be loaded

@@ -29,6 +29,7 @@ class Config:
     constants: dict[str, Any] = field(hash=False)
     num_warps: int = 4
     num_stages: int = 3
+    maxnreg: int | None = None  # registers a thread may use
 
     def __getitem__(self, name: str) -> Any:
         return self.constants[name]
@@ -56,6 +57,7 @@ def run(kernel: Any, config: Config, bind: Bind) -> None:
         **config.constants,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
+        maxnreg=config.maxnreg,
         # Its default has differed between Triton versions.
         enable_fp_fusion=True,
     )

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch._C._functorch import TransformType, get_interpreter_stack
 
 _libraries: list[torch.library.Library] = []  # registrations live as long as these
 
@@ -51,3 +52,11 @@ def autocast_to(dtype: torch.dtype, tensor: torch.Tensor) -> torch.Tensor:
     if not tensor.is_floating_point() or tensor.dtype == torch.float64:
         return tensor
     return tensor.to(dtype)
+
+
+def needs_plain_torch() -> bool:
+    """Inside jvp, grad, ... of torch.func or forward-mode AD only plain torch has the derivatives."""
+    if torch.autograd.forward_ad._current_level >= 0:
+        return True
+    stack = get_interpreter_stack()
+    return stack is not None and any(i.key() != TransformType.Vmap for i in stack)

@@ -1,0 +1,468 @@
+// Attention forward: online softmax over blocks of keys, on transposed scores.
+//
+// A unit is up to kBlockQueries queries of one head; a task is a few units that share keys and
+// values, one block of which is converted or paired for all of them. Each block's P V is summed
+// from zero and then added to the rescaled output: one long running sum has several times the
+// rounding error.
+#include "attention.h"
+#include "attention_scores.h"
+#include "attention_tile.h"
+#include "runtime.h"
+
+namespace pyops::cpu::PYOPS_ISA {
+namespace {
+
+constexpr int kQuad = 4;  // keys that softmax takes at a time: those of one Philox counter
+constexpr int kMostUnits = 4;
+
+PYOPS_INLINE int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
+PYOPS_INLINE int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
+PYOPS_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+PYOPS_INLINE int64_t round_down(int64_t a, int64_t b) { return a / b * b; }
+PYOPS_INLINE int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+
+struct Plan {
+  AttentionForward f;
+  bool finish;            // scores need more than a positive scale, which exp2 takes along
+  float to_log2, to_log;  // from a score to an exponent of 2, and to a natural one
+  int64_t group;          // query heads that share a key head
+  int64_t blocks;         // of queries of one head
+  int64_t units, tasks;   // units a task has at most; tasks of one (batch, key head)
+  int64_t words;          // of one query
+  int64_t block_keys;
+  bool few_keys;  // one block holds them all
+  bool convert;   // keys and values go to float scratch
+};
+
+struct Unit {
+  int64_t h, row, rows, vectors, width;
+  int64_t begin, end;  // keys that any of its rows sees; begin % kQuad == 0
+  bool first;          // no block has been added yet
+  bool by_rows;        // see output_rows
+  float *q, *o;        // (words, width), (head_dim_v, width)
+  float *most, *sum;   // (width,): running maximum of the scores, sum of exp(score - most)
+};
+
+// ---- packing
+
+PYOPS_INLINE Vec load_words(const float* p, int64_t words, int64_t) {
+  return load_first(p, static_cast<int>(words));
+}
+#if defined(__AVX512BF16__)
+PYOPS_INLINE Vec load_words(const BFloat16* p, int64_t, int64_t elements) {
+  const __mmask32 mask = elements >= 32 ? ~__mmask32{0} : (__mmask32{1} << elements) - 1;
+  return reinterpret_cast<Vec>(_mm512_maskz_loadu_epi16(mask, p));
+}
+#endif
+
+// (rows, head_dim) to (words, width), zeros in lanes that hold no query.
+template <class T, bool kPairs>
+void pack_query(const T* src, int64_t row_stride, int64_t head_dim, const Unit& u) {
+  constexpr int kPerWord = kPairs ? 2 : 1;
+  const int64_t words = ceil_div(head_dim, kPerWord);
+  for (int64_t v = 0; v < u.vectors; ++v) {
+    const int64_t rows = min(kLanes, u.rows - v * kLanes);
+    for (int64_t w = 0; w < words; w += kLanes) {
+      const int64_t count = min(kLanes, words - w);
+      Vec block[kLanes];
+#pragma GCC unroll 16
+      for (int i = 0; i < kLanes; ++i) {
+        const T* row = src + (v * kLanes + i) * row_stride + w * kPerWord;
+        if constexpr (kPairs) {
+          block[i] = i < rows ? load_words(row, count, head_dim - w * kPerWord) : Vec{};
+        } else {
+          block[i] = i < rows ? load_first(row, static_cast<int>(count)) : Vec{};
+        }
+      }
+      transpose(block);
+#pragma GCC unroll 16
+      for (int i = 0; i < kLanes; ++i) {
+        if (i < count) store(u.q + (w + i) * u.width + v * kLanes, block[i]);
+      }
+    }
+  }
+}
+
+template <class T>
+void convert_rows(const T* src, int64_t row_stride, int64_t rows, int64_t dim, float* dst) {
+  for (int64_t j = 0; j < rows; ++j, src += row_stride, dst += dim) {
+    int64_t d = 0;
+    for (; d + kLanes <= dim; d += kLanes) store(dst + d, load(src + d));
+    if (d < dim)
+      store_first(dst + d, load_first(src + d, static_cast<int>(dim - d)),
+                  static_cast<int>(dim - d));
+  }
+}
+
+#if defined(__AVX512BF16__)
+// (rows, dim) to words (rows / 2, dim), each holding rows 2j and 2j + 1; zero beyond the last.
+void pair_rows(const BFloat16* src, int64_t row_stride, int64_t rows, int64_t dim, float* dst) {
+  for (int64_t j = 0; j < rows; j += 2, src += 2 * row_stride, dst += dim) {
+    for (int64_t d = 0; d < dim; d += kLanes) {
+      const __mmask16 mask = first_lanes(static_cast<int>(min(kLanes, dim - d)));
+      const __m512i low = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, src + d));
+      const __m512i high = _mm512_cvtepu16_epi32(
+          _mm256_maskz_loadu_epi16(j + 1 < rows ? mask : __mmask16{0}, src + row_stride + d));
+      _mm512_mask_storeu_epi32(dst + d, mask, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+    }
+  }
+}
+#endif
+
+// ---- softmax
+
+// Two keys' probabilities to one word a lane.
+PYOPS_INLINE Vec pack_pair(Vec low, Vec high) {
+#if defined(__AVX512BF16__)
+  const __m512i both = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high, low));
+  const __m512i order = _mm512_set_epi32(0x1f000f, 0x1e000e, 0x1d000d, 0x1c000c, 0x1b000b, 0x1a000a,
+                                         0x190009, 0x180008, 0x170007, 0x160006, 0x150005, 0x140004,
+                                         0x130003, 0x120002, 0x110001, 0x100000);
+  return reinterpret_cast<Vec>(_mm512_permutexvar_epi16(order, both));
+#else
+  return low + high;  // never called
+#endif
+}
+
+// The scores of `count` keys from `key` on, whole quads, become probabilities: rows of floats, or
+// with pairs half as many rows of words. out may begin at s or before it. Returns their sum.
+template <bool kPairs, bool kDropout>
+PYOPS_INLINE Vec exponentials(const float* s, float* out, int64_t width, int64_t count, Vec most,
+                              Vec to_log2, const QueryLanes& lanes, int64_t key) {
+  Vec sum[kQuad] = {};
+  for (int64_t j = 0; j < count; j += kQuad, s += kQuad * width) {
+    Vec weight[kQuad];
+#pragma GCC unroll 4
+    for (int t = 0; t < kQuad; ++t) {
+      weight[t] = exp2<kPairs ? 3 : 6>((load(s + t * width) - most) * to_log2);
+      sum[t] += weight[t];
+    }
+    if constexpr (kDropout) {
+      VecInt kept[kQuad];
+      dropout_kept(lanes, key + j, kept);
+#pragma GCC unroll 4
+      for (int t = 0; t < kQuad; ++t) weight[t] = kept[t] ? weight[t] : Vec{};
+    }
+    if constexpr (kPairs) {
+      store(out, pack_pair(weight[0], weight[1]));
+      store(out + width, pack_pair(weight[2], weight[3]));
+      out += 2 * width;
+    } else {
+#pragma GCC unroll 4
+      for (int t = 0; t < kQuad; ++t) store(out + t * width, weight[t]);
+      out += kQuad * width;
+    }
+  }
+  return (sum[0] + sum[1]) + (sum[2] + sum[3]);
+}
+
+PYOPS_INLINE Vec maximum(const float* s, int64_t width, int64_t count, Vec most) {
+  Vec part[kQuad] = {most, most, most, most};
+  for (int64_t j = 0; j < count; j += kQuad, s += kQuad * width) {
+#pragma GCC unroll 4
+    for (int t = 0; t < kQuad; ++t) part[t] = max_or_second(load(s + t * width), part[t]);
+  }
+  return max_or_second(max_or_second(part[0], part[1]), max_or_second(part[2], part[3]));
+}
+
+// ---- one block of keys
+
+// Calls score_keys / output_dims for a run-time number of vectors.
+template <bool kPairs, int Vectors = kBlockVectors>
+void score_vectors(int64_t vectors, const float* q, int64_t width, const char* k, int64_t k_row,
+                   int64_t dim, float* s, int64_t count) {
+  if constexpr (Vectors > 1) {
+    if (vectors < Vectors) {
+      return score_vectors<kPairs, Vectors - 1>(vectors, q, width, k, k_row, dim, s, count);
+    }
+  }
+  score_keys<kPairs, Vectors>(q, width, k, k_row, dim, s, count);
+}
+template <bool kPairs, int Vectors = kBlockVectors>
+void output_vectors(int64_t vectors, const float* p, int64_t width, const char* v, int64_t v_row,
+                    const WordRange& range, const float* alpha, bool first, float* o, int64_t dim) {
+  if constexpr (Vectors > 1) {
+    if (vectors < Vectors) {
+      return output_vectors<kPairs, Vectors - 1>(vectors, p, width, v, v_row, range, alpha, first,
+                                                 o, dim);
+    }
+  }
+  output_dims<kPairs, Vectors>(p, width, v, v_row, range, alpha, first, o, dim);
+}
+
+// Adds keys [from, to) to the unit. k, v: row 0 is key `from`; v holds words. s: (block_keys,
+// width).
+template <bool kPairs>
+void add_block(const Plan& plan, const AttentionSequence& sequence, int64_t b, Unit& u,
+               int64_t from, int64_t to, const char* k, int64_t k_row, const char* v, int64_t v_row,
+               float* scores) {
+  const AttentionProblem& p = plan.f.p;
+  const int64_t key_begin = max(from, u.begin), key_end = min(to, u.end);
+  if (key_begin >= key_end) return;
+  float* s = scores - from * u.width;  // row j is key j
+
+  int64_t begin[kBlockVectors], end[kBlockVectors];  // what each vector sees
+  for (int64_t i = 0; i < u.vectors; ++i) {
+    const int64_t row = u.row + i * kLanes, last = min(row + kLanes, u.row + u.rows) - 1;
+    end[i] = max(key_begin, min(key_end, end_visible(p, sequence, last)));
+    begin[i] = min(end[i], max(key_begin, round_down(first_visible(p, sequence, row), kQuad)));
+  }
+
+  for (int64_t j = key_begin; j < key_end;) {
+    int64_t low = 0, high = u.vectors, next = key_end;
+    while (low < u.vectors && end[low] <= j) ++low;
+    while (high > low && begin[high - 1] > j) --high;
+    if (low < high) next = min(next, end[low]);
+    if (high < u.vectors) next = min(next, begin[high]);
+    if (low < high) {
+      score_vectors<kPairs>(high - low, u.q + low * kLanes, u.width, k + (j - from) * k_row, k_row,
+                            p.head_dim, s + j * u.width + low * kLanes, next - j);
+    }
+    j = next;
+  }
+
+  alignas(64) float alpha[kBlockQueries];
+  const Vec to_log2 = splat(plan.to_log2), hidden = splat(-kInfinity);
+  WordRange range{};
+  const int64_t per_word = kPairs ? 2 : 1;
+  range.begin = (key_begin - from) / per_word;
+  for (int64_t i = 0; i < u.vectors; ++i) {
+    const int64_t row = u.row + i * kLanes;
+    const QueryLanes lanes =
+        query_lanes(p, sequence, b, u.h, row, min(kLanes, u.row + u.rows - row));
+    float* column = s + i * kLanes;
+    if (plan.finish) finish_scores(lanes, begin[i], end[i], column, u.width);
+    apply_window(lanes, begin[i], end[i], column, u.width);
+    const int64_t count = round_up(end[i] - begin[i], kQuad);
+    for (int64_t j = end[i]; j < begin[i] + count; ++j) store(column + j * u.width, hidden);
+
+    const float* seen = column + begin[i] * u.width;
+    const Vec before = load(u.most + i * kLanes);
+    const Vec most = maximum(seen, u.width, count, before);
+    const Vec base = most == hidden ? Vec{} : most;  // nothing seen: -infinity less itself is NaN
+    const Vec rescale = exp2((before - base) * to_log2);
+    // Words take the place of the scores: row (key - from) / per_word.
+    const int64_t first_word = (begin[i] - from) / per_word;
+    float* words = scores + i * kLanes + first_word * u.width;
+    const Vec sum = p.dropout ? exponentials<kPairs, true>(seen, words, u.width, count, base,
+                                                           to_log2, lanes, begin[i])
+                              : exponentials<kPairs, false>(seen, words, u.width, count, base,
+                                                            to_log2, lanes, begin[i]);
+    range.end[i] = ceil_div(end[i] - from, per_word);
+    for (int64_t j = range.begin; j < (count > 0 ? first_word : range.end[i]); ++j) {
+      store(scores + i * kLanes + j * u.width, Vec{});
+    }
+    store(u.most + i * kLanes, most);
+    store(u.sum + i * kLanes, fma(load(u.sum + i * kLanes), rescale, sum));
+    store(alpha + i * kLanes, rescale);
+  }
+  if (u.by_rows) {
+    output_rows(scores, u.width, reinterpret_cast<const float*>(v), v_row / 4, range, u.o,
+                p.head_dim_v, static_cast<int>(u.rows));
+  } else {
+    output_vectors<kPairs>(u.vectors, scores, u.width, v, v_row, range, alpha, u.first, u.o,
+                           p.head_dim_v);
+  }
+  u.first = false;
+}
+
+// ---- tasks
+
+template <class T>
+void store_output(const Plan& plan, const Unit& u, T* output, float* lse) {
+  const AttentionForward& f = plan.f;
+  const int64_t row_stride = f.output_strides.row, dim = f.p.head_dim_v;
+  for (int64_t v = 0; v < u.vectors; ++v) {
+    const int rows = static_cast<int>(min(kLanes, u.rows - v * kLanes));
+    const Vec sum = load(u.sum + v * kLanes);
+    const Vec factor = sum == Vec{} ? Vec{} : f.p.keep_scale / sum;
+    const Vec total = fma(load(u.most + v * kLanes), splat(plan.to_log), log(sum));
+    store_first(lse + v * kLanes, total, rows);
+    if (u.by_rows) {
+      for (int i = 0; i < rows; ++i) {
+        const float* row = u.o + i * round_up(dim, kLanes);
+        for (int64_t d = 0; d < dim; d += kLanes) {
+          const Vec out = u.first ? Vec{} : load(row + d) * factor[i];
+          store_first(output + i * row_stride + d, out, static_cast<int>(min(kLanes, dim - d)));
+        }
+      }
+      continue;
+    }
+    for (int64_t d = 0; d < dim; d += kLanes) {
+      const int count = static_cast<int>(min(kLanes, dim - d));
+      Vec block[kLanes];
+#pragma GCC unroll 16
+      for (int i = 0; i < kLanes; ++i) {
+        block[i] =
+            i < count && !u.first ? load(u.o + (d + i) * u.width + v * kLanes) * factor : Vec{};
+      }
+      transpose(block);
+#pragma GCC unroll 16
+      for (int i = 0; i < kLanes; ++i) {
+        if (i < rows) store_first(output + (v * kLanes + i) * row_stride + d, block[i], count);
+      }
+    }
+  }
+}
+
+// Where a task lies: units [first, end) of one (batch, key head).
+struct Place {
+  int64_t b, head_kv, first, end;
+};
+
+PYOPS_INLINE Place place_of(const Plan& plan, int64_t task) {
+  const int64_t head = task / plan.tasks, first = (task - head * plan.tasks) * plan.units;
+  const int64_t b = head / plan.f.p.heads_kv;
+  return {b, head - b * plan.f.p.heads_kv, first,
+          min(first + plan.units, plan.blocks * plan.group)};
+}
+
+// Sets head and rows of a unit, the longest of a causal head first; false if it has no rows.
+PYOPS_INLINE bool set_rows(const Plan& plan, const AttentionSequence& sequence, const Place& place,
+                           int64_t i, Unit* u) {
+  const int64_t block = plan.group == 1 ? i : i / plan.group;
+  u->h = place.head_kv * plan.group + i - block * plan.group;
+  u->row = (plan.blocks - 1 - block) * kBlockQueries;
+  u->rows = min(kBlockQueries, sequence.seqlen_q - u->row);
+  return u->rows > 0;
+}
+
+template <class T>
+PYOPS_INLINE const T* query_of(const AttentionProblem& p, const AttentionSequence& sequence,
+                               int64_t b, const Unit& u) {
+  return static_cast<const T*>(p.query) + b * p.query_strides.batch + u.h * p.query_strides.head +
+         (sequence.first_q + u.row) * p.query_strides.row;
+}
+
+template <class T, bool kPairs>
+void run_task(const Plan& plan, int64_t task) {
+  const AttentionForward& f = plan.f;
+  const AttentionProblem& p = f.p;
+  const Place place = place_of(plan, task);
+  const int64_t head_kv = place.head_kv, b = place.b;
+  const AttentionSequence sequence = attention_sequence(p, b);
+
+  constexpr int64_t kWidth = kBlockQueries;
+  const int64_t unit_floats = (plan.words + p.head_dim_v + 2) * kWidth;
+  const int64_t score_floats = plan.block_keys * kWidth;
+  const int64_t key_floats = plan.convert ? round_up(plan.block_keys * p.head_dim, 16) : 0;
+  const int64_t value_floats =
+      plan.convert || kPairs ? round_up(plan.block_keys * p.head_dim_v, 16) : 0;
+  float* memory = static_cast<float*>(scratch(
+      4, (plan.units * unit_floats + score_floats + key_floats + value_floats) * sizeof(float)));
+  float* const scores = memory;
+  float* const keys = scores + score_floats;
+  float* const values = keys + key_floats;
+  memory = values + value_floats;
+
+  Unit units[kMostUnits];
+  int64_t count = 0, begin = sequence.seqlen_k, end = 0;
+  for (int64_t i = place.first; i < place.end; ++i) {
+    Unit& u = units[count];
+    if (!set_rows(plan, sequence, place, i, &u)) continue;
+    ++count;
+    u.vectors = ceil_div(u.rows, kLanes), u.width = u.vectors * kLanes;
+    u.begin = round_down(min(first_visible(p, sequence, u.row), sequence.seqlen_k), kQuad);
+    u.end = end_visible(p, sequence, u.row + u.rows - 1);
+    if (u.begin < u.end) begin = min(begin, u.begin), end = max(end, u.end);
+    u.first = true;
+    u.by_rows = !kPairs && u.vectors == 1 && plan.few_keys &&
+                u.rows * ceil_div(p.head_dim_v, kLanes) <= p.head_dim_v;
+    u.most = memory, u.sum = u.most + kWidth, u.q = u.sum + kWidth;
+    u.o = u.q + plan.words * kWidth;
+    memory += unit_floats;
+    for (int64_t v = 0; v < u.vectors; ++v) {
+      store(u.most + v * kLanes, splat(p.sinks ? p.sinks[u.h] : -kInfinity));
+      store(u.sum + v * kLanes, splat(p.sinks ? 1.0f : 0.0f));
+    }
+    if (u.begin >= u.end) continue;
+    pack_query<T, kPairs>(query_of<T>(p, sequence, b, u), p.query_strides.row, p.head_dim, u);
+  }
+
+  const T* key = static_cast<const T*>(p.key) + b * p.key_strides.batch +
+                 head_kv * p.key_strides.head + sequence.first_k * p.key_strides.row;
+  const T* value = static_cast<const T*>(p.value) + b * p.value_strides.batch +
+                   head_kv * p.value_strides.head + sequence.first_k * p.value_strides.row;
+  // Blocks begin at multiples of their size, whatever the task: so the units' results do not
+  // depend on which of them share a task.
+  for (int64_t from = round_down(begin, plan.block_keys); from < end; from += plan.block_keys) {
+    const int64_t to = min(from + plan.block_keys, end), low = max(from, begin);
+    const char* k = reinterpret_cast<const char*>(key + from * p.key_strides.row);
+    const char* v = reinterpret_cast<const char*>(value + from * p.value_strides.row);
+    int64_t k_row = p.key_strides.row * static_cast<int64_t>(sizeof(T));
+    int64_t v_row = p.value_strides.row * static_cast<int64_t>(sizeof(T));
+    if constexpr (kPairs) {
+#if defined(__AVX512BF16__)
+      pair_rows(value + low * p.value_strides.row, p.value_strides.row, to - low, p.head_dim_v,
+                values + (low - from) / 2 * p.head_dim_v);
+#endif
+      v = reinterpret_cast<const char*>(values), v_row = p.head_dim_v * 4;
+    } else if (plan.convert) {
+      convert_rows(key + low * p.key_strides.row, p.key_strides.row, to - low, p.head_dim,
+                   keys + (low - from) * p.head_dim);
+      convert_rows(value + low * p.value_strides.row, p.value_strides.row, to - low, p.head_dim_v,
+                   values + (low - from) * p.head_dim_v);
+      k = reinterpret_cast<const char*>(keys), k_row = p.head_dim * 4;
+      v = reinterpret_cast<const char*>(values), v_row = p.head_dim_v * 4;
+    }
+    for (int64_t i = 0; i < count; ++i) {
+      add_block<kPairs>(plan, sequence, b, units[i], from, to, k, k_row, v, v_row, scores);
+    }
+  }
+  for (int64_t i = 0; i < count; ++i) {
+    const Unit& u = units[i];
+    const int64_t row = sequence.first_q + u.row;
+    store_output(plan, u,
+                 static_cast<T*>(f.output) + b * f.output_strides.batch +
+                     u.h * f.output_strides.head + row * f.output_strides.row,
+                 f.lse + b * f.lse_batch_stride + u.h * f.lse_head_stride + row);
+  }
+}
+
+template <class T, bool kPairs>
+void run(Plan plan) {
+  const AttentionProblem& p = plan.f.p;
+  const int64_t units = plan.blocks * plan.group, heads = p.batch * p.heads_kv;
+  plan.words = ceil_div(p.head_dim, kPairs ? 2 : 1);
+  plan.block_keys = kPairs ? 256 : 128;
+  plan.few_keys = p.seqlen_k <= plan.block_keys;
+  plan.convert = !kPairs && sizeof(T) < sizeof(float);
+  // Converted keys and values serve several units, unless that leaves threads idle.
+  const int64_t threads = num_threads();
+  plan.units = plan.convert || kPairs ? kMostUnits : 1;
+  while (plan.units > 1 && ceil_div(units, plan.units) * heads < 4 * threads) --plan.units;
+  plan.units = max(1, min(plan.units, units));
+  plan.tasks = ceil_div(units, plan.units);
+  const int64_t tasks = plan.tasks * heads;
+  const int64_t batch = max(1, min(16, tasks / (8 * threads)));
+  parallel_for(ceil_div(tasks, batch), [&](int64_t index) {
+    for (int64_t i = index * batch; i < min((index + 1) * batch, tasks); ++i) {
+      run_task<T, kPairs>(plan, i);
+    }
+  });
+}
+
+}  // namespace
+
+void attention_forward(const AttentionForward& f) {
+  const AttentionProblem& p = f.p;
+  if (p.heads_kv == 0 || p.seqlen_q == 0) return;
+  Plan plan{};
+  plan.f = f;
+  plan.finish = p.softcap > 0 || p.alibi_slopes || p.bias_kind != BiasKind::kNone || p.sinks ||
+                !(p.scale > 0);
+  plan.to_log = plan.finish ? 1.0f : p.scale;
+  plan.to_log2 = plan.to_log * kLog2e;
+  plan.group = p.heads / p.heads_kv;
+  plan.blocks = ceil_div(p.seqlen_q, kBlockQueries);
+  switch (p.dtype) {
+    case DType::kFloat:
+      return run<float, false>(plan);
+    case DType::kHalf:
+      return run<Half, false>(plan);
+    default:
+      return run<BFloat16, kHasPairs>(plan);
+  }
+}
+
+}  // namespace pyops::cpu::PYOPS_ISA

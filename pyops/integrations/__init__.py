@@ -1,0 +1,1 @@
+"""Doors for other libraries' users: torch's flash attention registry and others."""

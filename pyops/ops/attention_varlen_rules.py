@@ -1,0 +1,188 @@
+"""What torch needs to know of attention_varlen: fake, autograd to any order, autocast and vmap rules."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..reference import attention_varlen as reference
+from ..reference.attention import AttentionSpec, compute_dtype
+from . import _registration as registration
+from .attention_checks import unit_last
+from .attention_rules import backward_op_of, second_order
+
+_OP = "attention_varlen"
+
+
+def _fake_forward(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    total, heads = query.shape[:2]
+    lse = query.new_empty((heads, total), dtype=compute_dtype(query.dtype))
+    return query.new_empty((total, heads, value.shape[2])), lse
+
+
+def _fake_backward(
+    grad_output: Tensor,
+    grad_lse: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    output: Tensor,
+    lse: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    alibi_slopes: Tensor | None,
+    sinks: Tensor | None,
+    rng_state: Tensor | None,
+    *rest: Any,
+) -> tuple[Tensor, ...]:
+    mask = rest[-1]
+    sizes = [t.shape if m else (0,) for t, m in zip((query, key, value), mask, strict=False)]
+    heads = query.shape[1] if mask[3] else 0
+    grad_sinks = query.new_empty((heads,), dtype=torch.float32)
+    return (*(query.new_empty(size) for size in sizes), grad_sinks)
+
+
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    query, key, value, cu_q, cu_k, max_q, max_k, alibi_slopes, sinks, rng_state, *options = inputs
+    ctx.save_for_backward(*(query, key, value, *output, cu_q, cu_k), alibi_slopes, sinks, rng_state)
+    ctx.max_seqlens, ctx.spec = (max_q, max_k), AttentionSpec(*options)
+
+
+def _gradients(
+    ctx: Any, backward_op: Any, grad_output: Tensor | None, grad_lse: Tensor | None, first: int
+) -> tuple[Tensor | None, ...]:
+    """Gradients of query, key, value, four without one, alibi_slopes and sinks."""
+    needs = ctx.needs_input_grad[first : first + 9]
+    mask = [*needs[:3], needs[8]]
+    if needs[7]:
+        raise RuntimeError("alibi_slopes: have no gradient in this backend; detach() them")
+    if (grad_output is None and grad_lse is None) or not any(mask):
+        return (None,) * 9
+    saved = ctx.saved_tensors
+    if grad_output is None:
+        grad_output = torch.zeros_like(saved[3])
+    grads = backward_op(
+        unit_last(grad_output), grad_lse, *saved[:7], *ctx.max_seqlens, *saved[7:], *ctx.spec, mask
+    )
+    dq, dk, dv, dsinks = (grad if asked else None for grad, asked in zip(grads, mask, strict=True))
+    return dq, dk, dv, None, None, None, None, None, dsinks
+
+
+def _backward_of(backward_op: Any) -> Any:
+    def backward(
+        ctx: Any, grad_output: Tensor | None, grad_lse: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        grads = _gradients(ctx, backward_op, grad_output, grad_lse, 0)
+        return (*grads, None, *(None,) * len(ctx.spec))
+
+    return backward
+
+
+class EagerFunction(torch.autograd.Function):
+    """The same autograd rule without torch's wrapper: see attention_rules.EagerFunction."""
+
+    @staticmethod
+    def forward(ctx: Any, op: Any, spec: AttentionSpec, *inputs: Any) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            output = op(*inputs, *spec)
+        _save_for_backward(ctx, (*inputs, *spec), output)
+        ctx.set_materialize_grads(False)
+        ctx.backward_op = backward_op_of(op)
+        return output
+
+    @staticmethod
+    def backward(
+        ctx: Any, grad_output: Tensor | None, grad_lse: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        arguments = (ctx, ctx.backward_op, grad_output, grad_lse, 2)
+        grads: tuple[Tensor | None, ...]
+        if torch.is_grad_enabled():  # a graph of the gradients is being built
+            grads = _gradients(*arguments)
+        else:
+            with torch._C._AutoDispatchBelowAutograd():
+                grads = _gradients(*arguments)
+        return (None, None, *grads, None)
+
+
+def _save_for_double_backward(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    grad_output, grad_lse, query, key, value, _, _, cu_q, cu_k, _, _, *rest = inputs
+    ctx.save_for_backward(grad_output, grad_lse, query, key, value, cu_q, cu_k, *rest[:3])
+    ctx.spec, ctx.mask = AttentionSpec(*rest[3:-1]), rest[-1]
+
+
+def _double_backward(ctx: Any, *grads_of_grads: Tensor) -> tuple[Tensor | None, ...]:
+    grad_output, grad_lse, query, key, value, cu_q, cu_k, alibi_slopes, sinks, rng_state = (
+        ctx.saved_tensors
+    )
+    needs = ctx.needs_input_grad
+
+    def forward(q: Tensor, k: Tensor, v: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
+        return reference.attention_varlen(q, k, v, cu_q, cu_k, alibi_slopes, s, rng_state, ctx.spec)
+
+    dgo, dlse, dq, dk, dv, dsinks = second_order(
+        forward,
+        (grad_output, grad_lse),
+        (query, key, value, sinks),
+        ctx.mask,
+        (*needs[:5], needs[12]),
+        grads_of_grads,
+    )
+    return (dgo, dlse, dq, dk, dv, *(None,) * 7, dsinks, None, *(None,) * (len(ctx.spec) + 1))
+
+
+def _vmap_of(op: Any) -> Any:
+    """One call a sample: packed sequences have no dimension to fold another one into."""
+
+    def rule(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, tuple[int, ...]]:
+        each = []
+        for i in range(info.batch_size):
+            sample = (
+                a.select(d, i) if isinstance(a, Tensor) and d is not None else a
+                for a, d in zip(args, in_dims, strict=True)
+            )  # fmt: skip
+            each.append(op(*sample))
+        results = tuple(torch.stack(column) for column in zip(*each, strict=True))
+        return results, (0,) * len(results)
+
+    return rule
+
+
+def _register(op: str) -> None:
+    forward, backward = f"pyops::{op}", f"pyops::{op}_backward"
+    forward_op = getattr(torch.ops.pyops, op).default
+    backward_op = backward_op_of(forward_op)
+    torch.library.register_fake(forward, _fake_forward)
+    torch.library.register_fake(backward, _fake_backward)
+    torch.library.register_autograd(
+        forward, _backward_of(backward_op), setup_context=_save_for_backward
+    )
+    torch.library.register_autograd(
+        backward, _double_backward, setup_context=_save_for_double_backward
+    )
+    torch.library.register_vmap(forward, _vmap_of(forward_op))
+    torch.library.register_vmap(backward, _vmap_of(backward_op))
+    registration.register_autocast(op, 3)
+
+
+def _triton_forward(*args: Any) -> Any:
+    from ..triton_kernels import attention_varlen as kernels
+
+    return kernels.forward(*args)
+
+
+def _triton_backward(*args: Any) -> Any:
+    from ..triton_kernels import attention_varlen as kernels
+
+    return kernels.backward(*args)
+
+
+def register() -> None:
+    """Register the rules, and Triton's pair of ops. Called once, where _cpu.so brought the schemas."""
+    registration.define_like(f"{_OP}_triton", _OP, _triton_forward)
+    registration.define_like(f"{_OP}_triton_backward", f"{_OP}_backward", _triton_backward)
+    for op in (_OP, f"{_OP}_triton"):
+        _register(op)
