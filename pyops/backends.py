@@ -21,7 +21,10 @@ NAMES = ("reference", "cpu", "triton", "cuda")
 PROVEN: dict[tuple[str, str, tuple[int, int]], str] = {}
 
 # Ops and the native or Triton backends each has an implementation for.
-OPS: dict[str, tuple[str, ...]] = {"conv_relu_pool2d": ("cpu", "triton")}
+OPS: dict[str, tuple[str, ...]] = {
+    "conv_relu_pool2d": ("cpu", "triton"),
+    "lstm": ("cpu", "triton"),
+}
 
 _missing: dict[str, str] = {}  # native library -> why it could not be loaded
 

@@ -1,5 +1,6 @@
 """Modules over the ops: the constructors and state_dicts of torch.nn's. One file an op."""
 
 from .conv_relu_pool import ConvReLUPool2d
+from .lstm import LSTM, LSTMCell
 
-__all__ = ["ConvReLUPool2d"]
+__all__ = ["LSTM", "ConvReLUPool2d", "LSTMCell"]
