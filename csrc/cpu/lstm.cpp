@@ -66,9 +66,9 @@ void read_batch_sizes(const Tensor& t, Call* call) {
   int64_t row = 0, most = p.batch;
   for (int64_t step = 0; step < p.steps; ++step) {
     const int64_t size = sizes[step];
-    STD_TORCH_CHECK(size > 0 && size <= most,
-                    "batch_sizes: expected positive integers that never increase, the first at "
-                    "most the batch of h0 (",
+    STD_TORCH_CHECK(size > 0 && size <= most && (step > 0 || size == p.batch),
+                    "batch_sizes: expected positive integers that never increase, the first the "
+                    "batch of h0 (",
                     p.batch, "), got ", size, " at ", step);
     call->batch_sizes.push_back(size);
     call->row_begin.push_back(row);
@@ -146,7 +146,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& input, const Te
   p.h_n = h_n.mutable_data_ptr();
   p.c_n = c_n.mutable_data_ptr();
   p.saved = save_for_backward ? saved.mutable_data_ptr() : nullptr;
-  if (p.batch > 0) lstm_forward_generic(p);
+  if (p.batch > 0 && p.steps > 0) {
+    lstm_forward(p);
+  } else {  // also no rows: nothing to copy
+    std::memcpy(p.h_n, p.h0, state[0] * state[1] * state[2] * element_size(p.dtype));
+    std::memcpy(p.c_n, p.c0, state[0] * state[1] * state[2] * element_size(p.dtype));
+  }
   return {output, h_n, c_n, saved};
 }
 

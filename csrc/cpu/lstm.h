@@ -64,7 +64,7 @@ struct LstmGradParams {
   void* const* grad_weights;  // like weights, contiguous
 };
 
-void lstm_forward_generic(const LstmParams&);
+void lstm_forward(const LstmParams&);
 void lstm_backward_generic(const LstmGradParams&);
 
 }  // namespace pyops::cpu

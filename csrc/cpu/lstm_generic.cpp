@@ -10,67 +10,6 @@
 namespace pyops::cpu::generic {
 namespace {
 
-float sigmoid(float x) { return 1.0f / (1.0f + std::exp(-x)); }
-
-template <class T>
-void forward(const LstmParams& p) {
-  const int64_t H = p.hidden_size, D = p.directions, per = p.tensors_per_index();
-  std::vector<float> gates(4 * H), c(p.batch * H), h(p.batch * H), h_old(p.batch * H);
-  std::vector<T> between(p.layers > 1 && !p.saved ? 2 * p.rows * D * H : 0);
-  for (int64_t layer = 0; layer < p.layers; ++layer) {
-    auto hidden = [&](int64_t l) {
-      T* data = p.saved ? static_cast<T*>(p.saved) + p.saved_output(l)
-                        : between.data() + (l % 2) * p.rows * D * H;
-      return LstmSequence{data, p.batch * D * H, D * H};
-    };
-    const LstmSequence in = layer ? hidden(layer - 1) : p.input;
-    const LstmSequence out = layer + 1 < p.layers ? hidden(layer) : p.output;
-    const int64_t I = p.in_features(layer);
-    for (int64_t dir = 0; dir < D; ++dir) {
-      const int64_t index = layer * D + dir;
-      const T* w_ih = static_cast<const T*>(p.weights[index * per]);
-      const T* w_hh = static_cast<const T*>(p.weights[index * per + 1]);
-      const T* b_ih = p.has_biases ? static_cast<const T*>(p.weights[index * per + 2]) : nullptr;
-      const T* b_hh = p.has_biases ? static_cast<const T*>(p.weights[index * per + 3]) : nullptr;
-      for (int64_t i = 0; i < p.batch * H; ++i) {
-        h[i] = to_float(static_cast<const T*>(p.h0)[index * p.batch * H + i]);
-        c[i] = to_float(static_cast<const T*>(p.c0)[index * p.batch * H + i]);
-      }
-      for (int64_t s = 0; s < p.steps; ++s) {
-        const int64_t t = dir ? p.steps - 1 - s : s;
-        h_old = h;
-        for (int64_t b = 0; b < p.active(t); ++b) {
-          const T* x = static_cast<const T*>(in.data) + p.offset(in, t) + b * in.row_stride;
-          for (int64_t j = 0; j < 4 * H; ++j) {
-            float sum = 0;
-            for (int64_t k = 0; k < I; ++k) sum += to_float(x[k]) * to_float(w_ih[j * I + k]);
-            for (int64_t k = 0; k < H; ++k) sum += h_old[b * H + k] * to_float(w_hh[j * H + k]);
-            if (b_ih) sum += to_float(b_ih[j]) + to_float(b_hh[j]);
-            gates[j] = j / H == 2 ? std::tanh(sum) : sigmoid(sum);
-          }
-          T* y = static_cast<T*>(out.data) + p.offset(out, t) + b * out.row_stride + dir * H;
-          T* kept = p.saved ? static_cast<T*>(p.saved) + p.saved_gates(index) +
-                                  (p.first_row(t) + b) * 5 * H
-                            : nullptr;
-          for (int64_t u = 0; u < H; ++u) {
-            float& cell = c[b * H + u];
-            cell = gates[H + u] * cell + gates[u] * gates[2 * H + u];
-            from_float(gates[3 * H + u] * std::tanh(cell), y + u);
-            h[b * H + u] = to_float(y[u]);
-            if (!kept) continue;
-            for (int g = 0; g < 4; ++g) from_float(gates[g * H + u], kept + g * H + u);
-            from_float(cell, kept + 4 * H + u);
-          }
-        }
-      }
-      for (int64_t i = 0; i < p.batch * H; ++i) {
-        from_float(h[i], static_cast<T*>(p.h_n) + index * p.batch * H + i);
-        from_float(c[i], static_cast<T*>(p.c_n) + index * p.batch * H + i);
-      }
-    }
-  }
-}
-
 template <class T>
 void backward(const LstmGradParams& g) {
   const LstmParams& p = g.p;
@@ -171,12 +110,6 @@ void backward(const LstmGradParams& g) {
 }  // namespace pyops::cpu::generic
 
 namespace pyops::cpu {
-
-void lstm_forward_generic(const LstmParams& p) {
-  if (p.dtype == DType::kFloat) return generic::forward<float>(p);
-  if (p.dtype == DType::kHalf) return generic::forward<generic::Half>(p);
-  generic::forward<generic::BFloat16>(p);
-}
 
 void lstm_backward_generic(const LstmGradParams& g) {
   if (g.p.dtype == DType::kFloat) return generic::backward<float>(g);
