@@ -154,9 +154,9 @@ def backward_op_of(op: Any) -> Any:
 
 
 def _save_for_double_backward(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    *grads, input, h0, c0, weights, batch_sizes, _, _ = inputs[:9]
+    *grads, input, h0, c0, weights, batch_sizes, _, _ = inputs[:10]
     ctx.save_for_backward(*grads, batch_sizes, input, h0, c0, *weights)
-    ctx.spec, ctx.mask = LSTMSpec(*inputs[9:-1]), inputs[-1]
+    ctx.spec, ctx.mask = LSTMSpec(*inputs[10:-1]), inputs[-1]
     ctx.set_materialize_grads(False)
 
 
@@ -197,10 +197,11 @@ def _double_backward(
             allow_unused=True,
         )
         incoming = (grad_input, grad_h0, grad_c0, *(grad_weights or (None,) * len(weights)))
+        computed = (*ctx.mask[:3], *(ctx.mask[3],) * len(weights))
         joined = [
             (f, g)
-            for f, g in zip(first, incoming, strict=True)
-            if f is not None and f.requires_grad and g is not None
+            for f, g, made in zip(first, incoming, computed, strict=True)
+            if made and f is not None and f.requires_grad and g is not None
         ]
         wanted = [t for t in (*seeds, *leaves) if t is not None]
         second = (
