@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,6 +17,21 @@ _NORMS = ("weight_ln_ih", "weight_ln_hh", "weight_ln_c", "bias_ln_c")
 def _initial(name: str) -> float:
     """Gains start at one, offsets at zero."""
     return float(name.startswith("weight"))
+
+
+def run(
+    call: Callable[..., tuple[Tensor, States]], input: Any, hx: States | None
+) -> tuple[Any, States]:
+    """`call(data, states, batch_sizes)` for a tensor or a PackedSequence, whose order the states follow."""
+    if not isinstance(input, PackedSequence):
+        return call(input, hx, None)
+    data, batch_sizes, to_sorted, to_unsorted = input
+    if to_sorted is not None and hx is not None:
+        hx = (hx[0].index_select(1, to_sorted), hx[1].index_select(1, to_sorted))
+    output, (h, c) = call(data, hx, batch_sizes)
+    if to_unsorted is not None:
+        h, c = h.index_select(1, to_unsorted), c.index_select(1, to_unsorted)
+    return PackedSequence(output, batch_sizes, to_sorted, to_unsorted), (h, c)
 
 
 class LSTM(torch.nn.RNNBase):
@@ -84,15 +100,7 @@ class LSTM(torch.nn.RNNBase):
         return found
 
     def forward(self, input: Any, hx: States | None = None) -> tuple[Any, States]:
-        if not isinstance(input, PackedSequence):
-            return self._call(input, hx, None)
-        data, batch_sizes, to_sorted, to_unsorted = input
-        if to_sorted is not None and hx is not None:
-            hx = (hx[0].index_select(1, to_sorted), hx[1].index_select(1, to_sorted))
-        output, (h, c) = self._call(data, hx, batch_sizes)
-        if to_unsorted is not None:
-            h, c = h.index_select(1, to_unsorted), c.index_select(1, to_unsorted)
-        return PackedSequence(output, batch_sizes, to_sorted, to_unsorted), (h, c)
+        return run(self._call, input, hx)
 
     def _call(
         self, input: Tensor, hx: States | None, batch_sizes: Tensor | None
