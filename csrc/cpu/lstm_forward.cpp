@@ -1,8 +1,8 @@
 // Cuts the LSTM's forward pass into chains, lays out its scratch, and runs it.
 #include <algorithm>
-#include <cstring>
 #include <vector>
 
+#include "arena.h"
 #include "chains.h"
 #include "lstm_plan.h"
 #include "runtime.h"
@@ -10,188 +10,115 @@
 namespace pyops::cpu {
 namespace {
 
-constexpr int64_t kMostRows = 96;   // of a chain: its activations stay in the second-level cache
 constexpr int64_t kFewRows = 16;    // below, input products are made for several steps at once
 constexpr int64_t kChunkRows = 96;  // of these products
-constexpr int64_t kCacheBytes = 768 << 10;  // weights that a core keeps in its second-level cache
-constexpr int64_t kSmall = 1 << 20;         // multiplications not worth waking a thread
+constexpr int64_t kChunkSteps = 8;  // a layer runs before the next one follows
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Hands out parts of one buffer; before it has one it only counts.
-class Arena {
+class Forward {
  public:
-  explicit Arena(void* base) : base_(static_cast<char*>(base)) {}
-  template <class T>
-  T* take(int64_t count) {
-    T* part = base_ ? reinterpret_cast<T*>(base_ + used_) : nullptr;
-    used_ += ceil_div(count * static_cast<int64_t>(sizeof(T)), 64) * 64;
-    return part;
-  }
-  size_t used() const { return static_cast<size_t>(used_); }
-
- private:
-  char* base_;
-  int64_t used_ = 0;
-};
-
-struct Forward {
-  LstmPlan plan{};
-  int64_t row_groups, unit_groups, layer_groups;  // layers that run at the same time
-  std::vector<LstmChain> chains;
-  std::vector<LstmLayerScratch> scratch;
-  std::vector<LstmSequence> hidden;
-
   explicit Forward(const LstmParams& p) {
-    plan.p = p;
-    choose_blocks();
-    choose_groups();
-    make_chains();
-  }
-
-  void choose_blocks() {
-    const Isa isa = active_isa();
-    const int64_t H = plan.p.hidden_size;
-    plan.lanes = isa >= Isa::kAvx512 ? 16 : isa == Isa::kAvx2 ? 8 : 4;
-    plan.pairs = isa == Isa::kAvx512Bf16 && plan.p.dtype == DType::kBFloat16;
-    // Half a vector of units wastes less of a short or odd last block.
-    const int64_t half = plan.lanes / 2;
-    const bool narrow =
-        ceil_div(H, half) * half < ceil_div(H, plan.lanes) * plan.lanes && H < 8 * plan.lanes;
-    plan.vectors = narrow ? 2 : 4;
-    plan.units = narrow ? half : plan.lanes;
-    plan.blocks = ceil_div(H, plan.units);
-  }
-
-  void choose_groups() {
-    const LstmParams& p = plan.p;
-    const int64_t H = p.hidden_size, widest = std::max(p.input_size, p.directions * H);
-    const int64_t products = p.rows * p.directions * p.layers * 4 * H * (widest + H);
-    const int64_t threads = products < kSmall ? 1 : num_threads();
-    const int64_t share = std::max<int64_t>(1, threads / p.directions);  // of a direction
-    const int64_t element = plan.pairs ? 2 : 4;
-    const bool cached = 4 * H * (widest + H) * element <= kCacheBytes;
-    // Every group of rows reads all weights: few rows pay that only where a cache holds them.
-    const int64_t least_rows = cached ? 4 : 24;
-    row_groups = std::min(share, std::max<int64_t>(1, p.batch / least_rows));
-    const int64_t rest = share / row_groups;
-    layer_groups = p.directions == 1 ? std::min(rest, p.layers) : 1;
-    unit_groups = std::min(rest / layer_groups, std::max<int64_t>(1, H / 32));
-    while (ceil_div(p.batch, row_groups) > kMostRows) row_groups += share;
-    const int64_t rows = ceil_div(p.batch, row_groups);
-    plan.apart = unit_groups > 1 || rows < kFewRows;
-    plan.chunk = std::max<int64_t>(plan.apart ? ceil_div(kChunkRows, rows) : 8, 8);
-    if (layer_groups > 1) plan.chunk = std::min(plan.chunk, std::max<int64_t>(1, p.steps / 8));
-    plan.chunk = std::min(plan.chunk, p.steps);
-  }
-
-  // Row groups of about equally many elements, which the rows of a packed sequence differ in.
-  std::vector<int64_t> row_bounds() const {
-    const LstmParams& p = plan.p;
-    std::vector<int64_t> bounds = {0};
-    int64_t row = 0, done = 0, t = p.steps;
-    for (int64_t group = 1; group < row_groups; ++group) {
-      if (!p.batch_sizes) {
-        bounds.push_back(p.batch * group / row_groups);
-        continue;
-      }
-      for (; row < p.batch && done < p.rows * group / row_groups; ++row) {
-        while (t > 0 && p.batch_sizes[t - 1] <= row) --t;
-        done += t;  // the row's length
-      }
-      bounds.push_back(row);
+    static_cast<LstmBlocks&>(plan_) = lstm_blocks(p);
+    plan_.p = p;
+    groups_ = lstm_groups(p, plan_, 2 * plan_.lanes);
+    const int64_t rows = ceil_div(p.batch, groups_.rows);
+    // Chosen by the shapes alone: it decides the order of the sums.
+    plan_.apart = p.batch < kFewRows || !lstm_weights_cached(p, plan_);
+    if (!plan_.apart) groups_.units = 1;
+    plan_.chunk = std::max(plan_.apart ? ceil_div(kChunkRows, rows) : 0, kChunkSteps);
+    if (groups_.layers > 1) {  // an upper layer starts after the lower one's first chunk
+      plan_.chunk = std::min(plan_.chunk, std::max<int64_t>(1, p.steps / 8));
     }
-    bounds.push_back(p.batch);
-    return bounds;
-  }
-
-  void make_chains() {
-    const std::vector<int64_t> bounds = row_bounds();
-    for (int64_t index = 0; index < plan.p.layers * plan.p.directions; ++index) {
-      for (int64_t r = 0; r < row_groups; ++r) {
-        for (int64_t u = 0; u < unit_groups; ++u) {
-          chains.push_back({index, bounds[r], bounds[r + 1], plan.blocks * u / unit_groups,
-                            plan.blocks * (u + 1) / unit_groups, nullptr, nullptr});
+    plan_.chunk = std::min(plan_.chunk, p.steps);
+    const std::vector<int64_t> bounds = lstm_row_bounds(p, groups_.rows);
+    for (int64_t index = 0; index < p.layers * p.directions; ++index) {
+      for (int64_t r = 0; r < groups_.rows; ++r) {
+        for (int64_t u = 0; u < groups_.units; ++u) {
+          chains_.push_back({index, bounds[r], bounds[r + 1], plan_.blocks * u / groups_.units,
+                             plan_.blocks * (u + 1) / groups_.units, nullptr, nullptr});
         }
       }
     }
+    Arena counted;
+    lay_out(&counted);
+    Arena arena(scratch(0, counted.used()));
+    lay_out(&arena);
   }
 
+  void run() const {
+    const LstmParams& p = plan_.p;
+    const SingleThread scope(groups_.rows * groups_.units * groups_.layers * p.directions == 1);
+    const auto prepare = PYOPS_ISA_SELECT(lstm_prepare);
+    parallel_for(p.layers * p.directions * plan_.blocks,
+                 [&](int64_t task) { prepare(plan_, task / plan_.blocks, task % plan_.blocks); });
+    // Chains of other units wait for each other after every step.
+    const int64_t steps = groups_.units > 1 ? 1 : plan_.chunk;
+    const auto run_chain = PYOPS_ISA_SELECT(lstm_run);
+    make_chains(steps).run([&](int64_t chain, int64_t task) {
+      run_chain(plan_, chains_[chain], task * steps, std::min((task + 1) * steps, p.steps));
+    });
+  }
+
+ private:
   void lay_out(Arena* arena) {
-    const LstmParams& p = plan.p;
-    const int64_t floats = plan.block_floats();
-    scratch.clear();
-    hidden.clear();
+    const LstmParams& p = plan_.p;
+    const int64_t floats = plan_.block_floats();
+    layers_.clear();
+    hidden_.clear();
     for (int64_t index = 0; index < p.layers * p.directions; ++index) {
-      LstmLayerScratch s;
-      s.packed = arena->take<float>(plan.blocks * plan.block_words(index) * floats);
-      s.bias = arena->take<float>(plan.blocks * floats);
-      s.activations = arena->take<char>(2 * p.batch * plan.activation_bytes(index));
-      s.cell = arena->take<float>(p.batch * plan.blocks * plan.units);
-      scratch.push_back(s);
+      layers_.push_back({arena->take<float>(plan_.blocks * plan_.block_words(index) * floats),
+                         arena->take<float>(plan_.blocks * floats),
+                         arena->take<char>(2 * p.batch * plan_.activation_bytes(index)),
+                         arena->take<float>(p.batch * plan_.padded_hidden())});
     }
     const int64_t features = p.directions * p.hidden_size, bytes = element_size(p.dtype);
     for (int64_t layer = 0; layer + 1 < p.layers; ++layer) {
       char* data = p.saved ? static_cast<char*>(p.saved) + p.saved_output(layer) * bytes
                            : arena->take<char>(p.rows * features * bytes);
-      hidden.push_back({data, p.batch * features, features});
+      hidden_.push_back({data, p.batch * features, features});
     }
-    for (LstmChain& chain : chains) {
-      if (!plan.apart) break;
-      const int64_t rows = plan.projected_rows(chain);
+    for (LstmChain& chain : chains_) {
+      if (!plan_.apart) break;
+      const int64_t rows = plan_.projected_rows(chain);
       chain.projected = arena->take<float>((chain.block_end - chain.block_begin) * rows * floats);
-      chain.projected_in = arena->take<char>(rows * 4 * plan.input_words(chain.index));
+      chain.projected_in = arena->take<char>(rows * 4 * plan_.input_words(chain.index));
     }
-    plan.chains = chains.data();
-    plan.scratch = scratch.data();
-    plan.hidden = hidden.data();
+    plan_.layers = layers_.data();
+    plan_.hidden = hidden_.data();
   }
 
-  void run() {
-    const LstmParams& p = plan.p;
-    Arena counted(nullptr);
-    lay_out(&counted);
-    Arena arena(pyops::cpu::scratch(0, counted.used()));
-    lay_out(&arena);
-
-    const SingleThread scope(chains_of_workers() == 1);
-    const int64_t indices = p.layers * p.directions;
-    const auto prepare = PYOPS_ISA_SELECT(lstm_prepare);
-    parallel_for(indices * plan.blocks,
-                 [&](int64_t task) { prepare(plan, task / plan.blocks, task % plan.blocks); });
-
-    // Steps of a task: siblings wait for each other after each.
-    const int64_t steps = unit_groups > 1 ? 1 : plan.chunk, tasks = ceil_div(p.steps, steps);
-    const int64_t per_index = row_groups * unit_groups;
+  Chains make_chains(int64_t steps) const {
+    const LstmParams& p = plan_.p;
+    const int64_t per_index = groups_.rows * groups_.units, tasks = ceil_div(p.steps, steps);
+    const int64_t threads = std::max(1, num_threads());
     Chains work;
-    for (const LstmChain& chain : chains) {
-      const int64_t number = &chain - chains.data(), place = number % per_index;
+    for (const LstmChain& chain : chains_) {
+      const int64_t number = &chain - chains_.data(), place = number % per_index;
+      const int64_t siblings = place - place % groups_.units;
       const int64_t layer = chain.index / p.directions, direction = chain.index % p.directions;
-      work.add(tasks, worker_of(place, layer, direction));
-      if (unit_groups > 1) work.need(number, {number - place % unit_groups, unit_groups, 0});
+      const int64_t worker =
+          (place * groups_.layers + layer % groups_.layers) * p.directions + direction;
+      work.add(tasks, worker % threads);
+      if (groups_.units > 1) {
+        work.need(number, {chain.index * per_index + siblings, groups_.units, 0});
+      }
       for (int64_t d = 0; d < p.directions && layer > 0; ++d) {
-        // The other direction's first steps are the last of the layer below.
+        // The other direction's first steps are the last of the layer below; input products
+        // are made a chunk ahead.
+        const int64_t lead = p.directions > 1 ? tasks : steps == 1 ? plan_.chunk : 1;
         const int64_t below = ((layer - 1) * p.directions + d) * per_index;
-        const int64_t ahead = plan.apart && steps == 1 ? plan.chunk : 1;
-        work.need(number, {below + place - place % unit_groups, unit_groups,
-                           p.directions > 1 ? tasks : ahead});
+        work.need(number, {below + siblings, groups_.units, lead});
       }
     }
-    const auto run = PYOPS_ISA_SELECT(lstm_run);
-    work.run([&](int64_t chain, int64_t task) {
-      run(plan, chains[chain], task * steps, std::min((task + 1) * steps, p.steps));
-    });
+    return work;
   }
 
-  int64_t worker_of(int64_t place, int64_t layer, int64_t direction) const {
-    const int64_t threads = std::max<int64_t>(1, num_threads());
-    return ((place * layer_groups + layer % layer_groups) * plan.p.directions + direction) %
-           threads;
-  }
-
-  int64_t chains_of_workers() const {
-    return row_groups * unit_groups * layer_groups * plan.p.directions;
-  }
+  LstmPlan plan_{};
+  LstmGroups groups_;
+  std::vector<LstmChain> chains_;
+  std::vector<LstmLayerScratch> layers_;
+  std::vector<LstmSequence> hidden_;
 };
 
 }  // namespace

@@ -70,7 +70,7 @@ PYOPS_INLINE void copy_features(const T* src, int64_t features, char* dst) {
 template <bool kPairs, class T>
 void prepare(const LstmPlan& plan, int64_t index, int64_t block) {
   const LstmParams& p = plan.p;
-  const LstmLayerScratch& scratch = plan.scratch[index];
+  const LstmLayerScratch& scratch = plan.layers[index];
   const void* const* weights = p.weights + index * p.tensors_per_index();
   const int64_t H = p.hidden_size, in = p.in_features(index / p.directions);
   float* packed = scratch.packed + block * plan.block_words(index) * plan.block_floats();
@@ -89,7 +89,7 @@ void prepare(const LstmPlan& plan, int64_t index, int64_t block) {
               to_float(static_cast<const T*>(weights[3])[at]);
   }
 
-  const int64_t row_bytes = plan.activation_bytes(index), padded = plan.blocks * plan.units;
+  const int64_t row_bytes = plan.activation_bytes(index), padded = plan.padded_hidden();
   for (int64_t row = 0; row < p.batch; ++row) {
     const int64_t at = (index * p.batch + row) * H + first;
     float* cell = scratch.cell + row * padded + first;
@@ -232,14 +232,12 @@ void cell_narrow(const CellBlock& c) {
 
 // ---- a chain
 
+// out[row][block_floats] = a[row][words] * w[words][block_floats]
 template <bool kPairs>
-PYOPS_INLINE void multiply(const LstmPlan& plan, const char* a, int64_t row_bytes, int64_t rows,
-                           int64_t words, const float* w, float* out) {
-  if (plan.vectors == 4) {
-    multiply_rows<kPairs, 4>(a, row_bytes, rows, words, w, out, 4 * kLanes);
-  } else {
-    multiply_rows<kPairs, 2>(a, row_bytes, rows, words, w, out, 2 * kLanes);
-  }
+PYOPS_INLINE void multiply_block(const LstmPlan& plan, const char* a, int64_t row_bytes,
+                                 int64_t rows, int64_t words, const float* w, float* out) {
+  const int64_t floats = plan.block_floats();
+  multiply<kPairs>({a, row_bytes, 4, words, w, floats, out, floats, false}, rows, plan.vectors);
 }
 
 PYOPS_INLINE int64_t active_rows(const LstmPlan& plan, const LstmChain& chain, int64_t step) {
@@ -272,9 +270,9 @@ void project(const LstmPlan& plan, const LstmChain& chain, int64_t begin, int64_
   }
   const int64_t floats = plan.block_floats();
   for (int64_t block = chain.block_begin; block < chain.block_end; ++block) {
-    const float* w = plan.scratch[chain.index].packed +
+    const float* w = plan.layers[chain.index].packed +
                      (block * plan.block_words(chain.index) + plan.hidden_words()) * floats;
-    multiply<kPairs>(
+    multiply_block<kPairs>(
         plan, chain.projected_in, row_bytes, rows, words, w,
         chain.projected + (block - chain.block_begin) * plan.projected_rows(chain) * floats);
   }
@@ -285,10 +283,10 @@ void run(const LstmPlan& plan, const LstmChain& chain, int64_t begin, int64_t en
   using Word = std::conditional_t<kPairs, T, float>;
   const LstmParams& p = plan.p;
   const int64_t index = chain.index, layer = index / p.directions, H = p.hidden_size;
-  const LstmLayerScratch& scratch = plan.scratch[index];
+  const LstmLayerScratch& scratch = plan.layers[index];
   const LstmSequence& out = layer + 1 < p.layers ? plan.hidden[layer] : p.output;
   const int64_t row_bytes = plan.activation_bytes(index), floats = plan.block_floats();
-  const int64_t words = row_bytes / 4, padded = plan.blocks * plan.units;
+  const int64_t words = row_bytes / 4, padded = plan.padded_hidden();
   int64_t projected_row = 0;
   if (plan.apart) {
     const int64_t chunk_begin = begin / plan.chunk * plan.chunk;
@@ -317,7 +315,7 @@ void run(const LstmPlan& plan, const LstmChain& chain, int64_t begin, int64_t en
         CellBlock c{};
         c.rows = min(kRowsAtOnce, rows - row);
         c.sums = sums;
-        multiply<kPairs>(plan, now + row * row_bytes, row_bytes, c.rows, words, w, sums);
+        multiply_block<kPairs>(plan, now + row * row_bytes, row_bytes, c.rows, words, w, sums);
         if (plan.apart) {
           c.projected =
               chain.projected +

@@ -7,6 +7,7 @@
 #pragma once
 
 #include <cstdint>
+#include <vector>
 
 #include "lstm.h"
 
@@ -28,21 +29,38 @@ struct LstmLayerScratch {
   float* cell;        // [batch][blocks * units]
 };
 
-struct LstmPlan {
-  LstmParams p;
+// Hidden units are cut into blocks, a vector or half a vector of them; the gates of a block's
+// units lie side by side, [gate][unit].
+struct LstmBlocks {
   int64_t lanes;    // floats a vector
   bool pairs;       // a word is two bfloat16, else one float
   int64_t vectors;  // of a block: 4, one a gate, or 2, each two gates of half as many units
   int64_t units;    // of a block
   int64_t blocks;
-  bool apart;     // input products are made for a chunk of steps at once
-  int64_t chunk;  // steps
-  const LstmChain* chains;
-  const LstmLayerScratch* scratch;  // by index
-  const LstmSequence* hidden;       // by layer: its output
 
   int64_t block_floats() const { return vectors * lanes; }
+  int64_t padded_hidden() const { return blocks * units; }
   int64_t words(int64_t features) const { return pairs ? (features + 1) / 2 : features; }
+};
+LstmBlocks lstm_blocks(const LstmParams&);
+
+// Whether a core's second-level cache keeps the weights of a layer.
+bool lstm_weights_cached(const LstmParams&, const LstmBlocks&);
+// How many groups rows, units and layers are cut into to occupy the threads.
+struct LstmGroups {
+  int64_t rows, units, layers;
+};
+LstmGroups lstm_groups(const LstmParams&, const LstmBlocks&, int64_t units_at_once);
+// The row groups' bounds, groups.rows + 1 of them, with about equally many elements in each.
+std::vector<int64_t> lstm_row_bounds(const LstmParams&, int64_t groups);
+
+struct LstmPlan : LstmBlocks {
+  LstmParams p;
+  bool apart;                      // input products are made for a chunk of steps at once
+  int64_t chunk;                   // steps
+  const LstmLayerScratch* layers;  // by index
+  const LstmSequence* hidden;      // by layer: its output
+
   int64_t hidden_words() const { return words(p.hidden_size); }
   int64_t input_words(int64_t index) const { return words(p.in_features(index / p.directions)); }
   int64_t block_words(int64_t index) const { return hidden_words() + input_words(index); }
