@@ -155,6 +155,21 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& input, const Te
   return {output, h_n, c_n, saved};
 }
 
+// No steps or no batch: the states pass unchanged.
+void backward_without_rows(const LstmGradParams& g, std::vector<Tensor>& grad_weights) {
+  const LstmParams& p = g.p;
+  const size_t state = p.layers * p.directions * p.batch * p.hidden_size * element_size(p.dtype);
+  const auto pass = [&](void* to, const void* from) {
+    if (to && from) std::memcpy(to, from, state);
+    if (to && !from) std::memset(to, 0, state);
+  };
+  pass(g.grad_h0, g.grad_h_n);
+  pass(g.grad_c0, g.grad_c_n);
+  for (Tensor& w : grad_weights) {
+    std::memset(w.mutable_data_ptr(), 0, w.numel() * element_size(p.dtype));
+  }
+}
+
 std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> backward(
     const OptionalTensor& grad_output, const OptionalTensor& grad_h_n,
     const OptionalTensor& grad_c_n, const Tensor& input, const Tensor& h0, const Tensor& c0,
@@ -225,7 +240,11 @@ std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> backward(
     }
     g.grad_weights = grad_weight_data.data();
   }
-  lstm_backward_generic(g);
+  if (p.rows > 0) {
+    lstm_backward(g);
+  } else {
+    backward_without_rows(g, grad_weights);
+  }
   return {grad_input, grad_h0, grad_c0, grad_weights};
 }
 

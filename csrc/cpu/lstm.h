@@ -65,6 +65,6 @@ struct LstmGradParams {
 };
 
 void lstm_forward(const LstmParams&);
-void lstm_backward_generic(const LstmGradParams&);
+void lstm_backward(const LstmGradParams&);
 
 }  // namespace pyops::cpu
