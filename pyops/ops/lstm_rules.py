@@ -223,37 +223,26 @@ def _double_backward(
     return (*for_tensors, for_weights, *(None,) * (3 + _OPTIONS + 1))
 
 
-def _batched(tensor: Any, dim: int | None, size: int) -> Any:
-    """`tensor` with the axis that is mapped over first."""
-    if tensor is None or dim is None:
-        return None if tensor is None else tensor.unsqueeze(0).expand(size, *tensor.shape)
-    return tensor.movedim(dim, 0)
+def _samples(value: Any, dims: Any, size: int) -> list[Any]:
+    """What each sample has of an argument that is mapped over, or is not."""
+    if isinstance(value, (list, tuple)) and value and isinstance(value[0], Tensor):
+        each = [_samples(t, d, size) for t, d in zip(value, dims, strict=True)]
+        return [list(own) for own in zip(*each, strict=True)]
+    if isinstance(value, Tensor) and dims is not None:
+        return list(value.unbind(dims))
+    return [value] * size
 
 
 def _each_sample(op: Any, info: Any, in_dims: tuple[Any, ...], args: tuple[Any, ...]) -> Any:
     """One call a sample."""
-    size = info.batch_size
-    tensors = [
-        [_batched(t, d, size) for t, d in zip(a, dims, strict=True)] if isinstance(a, list) and dims
-        else _batched(a, dims, size) if isinstance(a, torch.Tensor)
-        else a
-        for a, dims in zip(args, in_dims, strict=True)
-    ]  # fmt: skip
-
-    def sample(value: Any, dims: Any, index: int) -> Any:
-        if isinstance(value, list) and dims:
-            return [t[index] for t in value]
-        return value[index] if isinstance(value, torch.Tensor) else value
-
-    calls = [
-        op(*(sample(v, d, i) for v, d in zip(tensors, in_dims, strict=True))) for i in range(size)
-    ]
-    columns = zip(*calls, strict=True)
+    columns = [_samples(a, d, info.batch_size) for a, d in zip(args, in_dims, strict=True)]
+    calls = [op(*own) for own in zip(*columns, strict=True)]
     return tuple(
-        [torch.stack(w) for w in zip(*column, strict=True)] if isinstance(column[0], list)
+        [torch.stack(w) for w in zip(*column, strict=True)]
+        if isinstance(column[0], list)
         else torch.stack(column)
-        for column in columns
-    )  # fmt: skip
+        for column in zip(*calls, strict=True)
+    )
 
 
 def _vmap_forward(op: Any) -> Any:
@@ -267,7 +256,7 @@ def _vmap_forward(op: Any) -> Any:
             results = _each_sample(op, info, in_dims, args)
             return results, (0,) * len(results)
         folded = [
-            _batched(t, d, info.batch_size).movedim(0, 1).flatten(1, 2)
+            torch.stack(_samples(t, d, info.batch_size), 1).flatten(1, 2)
             for t, d in zip((input, h0, c0), in_dims[:3], strict=True)
         ]
         *results, saved = op(*folded, weights, None, *rest)
