@@ -83,25 +83,24 @@ def lstm(
     :func:`pyops.reference.lstm.lstm`.
     """
     try:
-        if hx is not None and not isinstance(hx, (tuple, list)):
-            checks.check_tensors(input, hx, weights)
-        h0, c0 = (None, None) if hx is None else hx
+        states = hx
+        if isinstance(states, Tensor):
+            raise TypeError
         if registration.autocasting(input.device):
             dtype = torch.get_autocast_dtype(input.device.type)
             input = registration.autocast_to(dtype, input)
             weights = [registration.autocast_to(dtype, w) for w in weights]
-            if h0 is not None and c0 is not None:
-                h0, c0 = (registration.autocast_to(dtype, t) for t in (h0, c0))
+            if states is not None:
+                h0, c0 = states
+                states = (registration.autocast_to(dtype, h0), registration.autocast_to(dtype, c0))
         facts = (
             _facts(input),
-            None if h0 is None else _facts(h0),
-            None if c0 is None else _facts(c0),
+            None if states is None else tuple([_facts(s) for s in states]),
             tuple([_facts(w) for w in weights]),
         )
     except (AttributeError, TypeError, ValueError):  # something is no tensor
         checks.check_tensors(input, hx, weights)
         raise
-    states = None if h0 is None or c0 is None else (h0, c0)
     needs_grad = torch.is_grad_enabled() and (
         input.requires_grad
         or any([w.requires_grad for w in weights])

@@ -126,8 +126,9 @@ def check_weights(
         at = 4 if has_biases else 2
         if len(shapes[at]) != 2 or not 1 <= shapes[at][0] < hidden:
             raise ValueError(
-                f"weights[{at}] (weight_hr_l0): expected shape (proj_size, {hidden}) with a proj_size from "
-                f"1 to {hidden - 1}, got {tuple(shapes[at])}"
+                f"weights[{at}] (weight_hr_l0, which {usual} tensors a layer and direction mean, of {len(shapes)} in "
+                f"all): expected shape (proj_size, {hidden}) with a proj_size from 1 to {hidden - 1}, got "
+                f"{tuple(shapes[at])}"
             )
         out = shapes[at][0]
     names = [*_NAMES[: 4 if has_biases else 2], *(_NAMES[4:] if projected else ())]

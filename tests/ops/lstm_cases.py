@@ -83,11 +83,11 @@ def joined(tensors):
     return torch.cat([t.detach().flatten() for t in tensors])
 
 
-def check(module, x, hx=None, lengths=None, backend="cpu", **options):
+def check(module, x, hx=None, lengths=None, backend="cpu", few=False, **options):
     """One step of ours against torch's by the error budget; the ratios by name.
 
     Tensors of one kind are compared together: over a handful of elements the ratio of two
-    errors is luck.
+    errors is luck. `few`: there may be only a handful, which then only have to be near.
     """
     exact = theirs(
         module.input_size,
@@ -105,6 +105,11 @@ def check(module, x, hx=None, lengths=None, backend="cpu", **options):
             assert mine.shape == want.shape and mine.dtype == want.dtype, name
         if runs[0][name]:
             k = GRADIENT_BUDGET if name.startswith("grad") else OUTPUT_BUDGET
+            if few and joined(runs[0][name]).numel() < 200:
+                mine, want = joined(runs[0][name]).double(), joined(runs[2][name])
+                scale = max(1.0, want.abs().max().item()) * torch.finfo(x.dtype).eps
+                torch.testing.assert_close(mine, want, rtol=0, atol=30 * scale)
+                continue
             ratios[name] = assert_within_budget(*(joined(r[name]) for r in runs), k, name)
     return ratios
 

@@ -55,17 +55,25 @@ BAD = {
     "missing biases": (
         {"weights": [*WEIGHTS[:2], *WEIGHTS[4:]]},
         ValueError,
-        ["weights", "2 layers", "1 directions", "6 tensors"],
+        ["weights[2] (weight_hr_l0", "3 tensors a layer and direction", "6 in all", "(24, 6)"],
     ),
     "no weights": ({"weights": []}, ValueError, ["weights", "0 tensors"]),
-    "directions": ({"bidirectional": True, "num_layers": 1}, ValueError, ["weights[4] (weight_ih_l0_reverse)", "(24, 4)", "(24, 6)"]),
+    "directions": (
+        {"bidirectional": True, "num_layers": 1},
+        ValueError,
+        ["weights[4] (weight_ih_l0_reverse)", "(24, 4)", "(24, 6)"],
+    ),
     "w_ih not of four gates": (
         {"weights": changed(0, WEIGHTS[0][:23])},
         ValueError,
         ["weight_ih_l0", "4 * hidden_size", "(23, 4)"],
     ),
     "w_ih rank": ({"weights": changed(0, WEIGHTS[2])}, ValueError, ["weight_ih_l0", "(24,)"]),
-    "w_hh": ({"weights": changed(5, WEIGHTS[5][:, :5])}, ValueError, ["weights[5] (weight_hh_l1)", "(24, 6)", "(24, 5)"]),
+    "w_hh": (
+        {"weights": changed(5, WEIGHTS[5][:, :5])},
+        ValueError,
+        ["weights[5] (weight_hh_l1)", "(24, 6)", "(24, 5)"],
+    ),
     "w_ih of the next layer": ({"weights": changed(4, WEIGHTS[0])}, ValueError, ["weight_ih_l1", "(24, 6)", "(24, 4)"]),
     "bias": ({"weights": changed(3, WEIGHTS[3][:20])}, ValueError, ["weights[3] (bias_hh_l0)", "(24,)", "(20,)"]),
     "bias rank": ({"weights": changed(2, WEIGHTS[3][None])}, ValueError, ["bias_ih_l0", "(1, 24)"]),
