@@ -20,6 +20,8 @@
   "Tensor cu_seqlens_q, Tensor cu_seqlens_k, int max_seqlen_q, int max_seqlen_k, Tensor? " \
   "alibi_slopes, Tensor? sinks, Tensor? rng_state, " PYOPS_ATTENTION_OPTIONS
 
+#define PYOPS_LSTM_OPTIONS "bool has_biases, int num_layers, bool bidirectional"
+
 STABLE_TORCH_LIBRARY(pyops, m) {
   m.def("conv_relu_pool2d(Tensor input, Tensor weight, Tensor? bias, " PYOPS_CONV_GEOMETRY
         ", bool with_codes) -> (Tensor output, Tensor codes)");
@@ -58,4 +60,14 @@ STABLE_TORCH_LIBRARY(pyops, m) {
       "rotary_sin, bool rotary_interleaved, Tensor? alibi_slopes, Tensor? sinks, float scale, "
       "float softcap, int window_left, int window_right, int num_splits) -> (Tensor output, Tensor "
       "lse)");
+  m.def(
+      "lstm(Tensor input, Tensor h0, Tensor c0, Tensor[] weights, Tensor? "
+      "batch_sizes, " PYOPS_LSTM_OPTIONS
+      ", bool save_for_backward) -> (Tensor output, Tensor h_n, Tensor c_n, Tensor saved)");
+  m.def(
+      "lstm_backward(Tensor? grad_output, Tensor? grad_h_n, Tensor? grad_c_n, Tensor input, Tensor "
+      "h0, Tensor c0, Tensor[] weights, Tensor? batch_sizes, Tensor output, Tensor "
+      "saved, " PYOPS_LSTM_OPTIONS
+      ", bool[4] output_mask) -> (Tensor grad_input, Tensor grad_h0, Tensor grad_c0, Tensor[] "
+      "grad_weights)");
 }

@@ -16,6 +16,7 @@ from .ops import attention_rules as _attention  # noqa: E402
 from .ops import attention_varlen_rules as _attention_varlen  # noqa: E402
 from .ops import conv_relu_pool_rules as _conv_relu_pool  # noqa: E402
 from .ops import conv_transpose_act_rules as _conv_transpose_act  # noqa: E402
+from .ops import lstm_rules as _lstm  # noqa: E402
 
 if backends.schemas_loaded():
     _conv_relu_pool.register()
@@ -23,6 +24,7 @@ if backends.schemas_loaded():
     _attention.register()
     _attention_varlen.register()
     _attention_decode.register()
+    _lstm.register()
 
 from . import nn  # noqa: E402
 from .integrations import torch_flash as _torch_flash  # noqa: E402
@@ -31,6 +33,7 @@ from .ops.attention_decode import attention_decode  # noqa: E402
 from .ops.attention_varlen import attention_varlen  # noqa: E402
 from .ops.conv_relu_pool import conv_relu_pool2d  # noqa: E402
 from .ops.conv_transpose_act import conv_transpose2d_act  # noqa: E402
+from .ops.lstm import lstm  # noqa: E402
 from .ops.sdpa import scaled_dot_product_attention  # noqa: E402
 from .optimize import optimize, optimized, restore  # noqa: E402
 
@@ -38,14 +41,13 @@ _torch_flash.register()
 
 __version__ = "0.1.0"
 __all__ = [
-    "backends",
-    "conv_relu_pool2d",
-    "conv_transpose2d_act",
     "attention",
     "attention_decode",
     "attention_varlen",
     "backends",
     "conv_relu_pool2d",
+    "conv_transpose2d_act",
+    "lstm",
     "merge_attention",
     "nn",
     "optimize",

@@ -27,6 +27,7 @@ OPS: dict[str, tuple[str, ...]] = {
     "attention": ("cpu", "triton"),
     "attention_varlen": ("cpu", "triton"),
     "attention_decode": ("cpu", "triton"),
+    "lstm": ("cpu", "triton"),
 }
 
 _missing: dict[str, str] = {}  # native library -> why it could not be loaded

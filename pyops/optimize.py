@@ -8,7 +8,7 @@ from types import MethodType
 from torch import nn
 
 from pyops import backends
-from pyops._swap import chains, sequential
+from pyops._swap import chains, lstm, sequential
 from pyops._swap.conv_pool import CONV_POOL
 from pyops._swap.report import Entry, Report, Run
 from pyops._swap.resolve import is_torchs_own
@@ -22,13 +22,14 @@ _MARK = "_pyops_stand_in"
 
 
 def optimize(model: nn.Module, *, backend: str | None = None) -> Report:
-    """Run convolution → ReLU → pool as one fused op wherever it occurs in `model`, in place.
+    """Run convolution → ReLU → pool, and every nn.LSTM, as one fused op in `model`, in place.
 
     Found are modules and functions (nn.Conv2d, nn.ReLU, F.max_pool2d, x.relu() ...) in the forward
     of every submodule, in the methods it calls, and in nn.Sequential. The parameters, the
     state_dict, the type of every module and what a forward computes stay the same. Every call looks
     whether the op may still stand in (no hooks, no parametrization, a floating-point image of three
-    or four dimensions) and runs the calls as they were written otherwise.
+    or four dimensions) and runs the calls as they were written otherwise. torch.compile breaks its graph at
+    any nn.LSTM unless torch._dynamo.config.allow_rnn is set; with it, the op is in the graph.
 
     A copy.deepcopy is optimised as well; a pickled model comes back plain. A copy.copy runs the
     forward of the model that it was copied from: restore first.
@@ -54,7 +55,7 @@ def optimize(model: nn.Module, *, backend: str | None = None) -> Report:
     for module in model.modules():
         _restore_module(module)
         if "forward" in module.__dict__:
-            if any(map(_starts_a_chain, module.children())):
+            if _may_be_swapped(module) or any(map(_may_be_swapped, module.children())):
                 run.skipped(run.place(module, "forward"), ["forward"], "set on this instance")
             continue
         for method, function in _stand_ins(module, run).items():
@@ -94,6 +95,8 @@ def optimized(model: nn.Module, *, backend: str | None = None) -> Iterator[Repor
 
 def _stand_ins(module: nn.Module, run: Run) -> dict[str, Callable]:
     """New functions for methods of `module`, by name."""
+    if isinstance(module, nn.LSTM) and (forward := lstm.rewrite(module, run)):
+        return {"forward": forward}
     if sequential.runs_in_order(module):
         forward = sequential.rewrite(module, run)
         return {} if forward is None else {"forward": forward}
@@ -109,7 +112,7 @@ def _stand_ins(module: nn.Module, run: Run) -> dict[str, Callable]:
         try:
             function, called = chains.rewrite(module, method, run)
         except SourceUnavailable as error:
-            if any(map(_starts_a_chain, module.modules())):
+            if any(map(_may_be_swapped, module.modules())):
                 run.skipped(run.place(module, method), [method], str(error))
             continue
         if function is not None:
@@ -118,8 +121,8 @@ def _stand_ins(module: nn.Module, run: Run) -> dict[str, Callable]:
     return found
 
 
-def _starts_a_chain(module: nn.Module) -> bool:
-    return any(pattern.starts(module) for pattern in PATTERNS)
+def _may_be_swapped(module: nn.Module) -> bool:
+    return isinstance(module, nn.LSTM) or any(p.starts(module) for p in PATTERNS)
 
 
 def _own_stand_ins(module: nn.Module) -> dict[str, MethodType]:

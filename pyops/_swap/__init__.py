@@ -9,4 +9,5 @@ source.py      from a function to its verified syntax tree and back
 resolve.py     what the names in a forward stand for
 chains.py      finds chains of calls in a syntax tree and rewrites each into one call
 sequential.py  the same for the contents of an nn.Sequential
+lstm.py        a guarded forward for nn.LSTM
 """

@@ -11,12 +11,16 @@ from pyops.models.cnn import (
     vgg11,
     vgg16,
 )
+from pyops.models.lstm import LSTMClassifier, TextClassifier, lstm128
 
 __all__ = [
     "VGG",
     "AlexNet",
+    "LSTMClassifier",
     "ResNet",
     "SmallCNN",
+    "TextClassifier",
+    "lstm128",
     "resnet18",
     "resnet50",
     "small_cnn",

@@ -2,5 +2,6 @@
 
 from .conv_relu_pool import ConvReLUPool2d
 from .conv_transpose_act import ConvTranspose2dAct
+from .lstm import LSTM, LSTMCell
 
-__all__ = ["ConvReLUPool2d", "ConvTranspose2dAct"]
+__all__ = ["LSTM", "ConvReLUPool2d", "ConvTranspose2dAct", "LSTMCell"]

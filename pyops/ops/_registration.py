@@ -22,14 +22,22 @@ def define_like(op: str, other: str, implementation: Callable[..., Any]) -> None
 
 
 def register_autocast(op: str, tensor_arguments: int) -> None:
-    """Under autocast, cast the first `tensor_arguments` arguments as torch casts a convolution's."""
+    """Under autocast, cast the first `tensor_arguments` arguments as torch casts a convolution's.
+
+    Each is a tensor, None or a list of tensors.
+    """
     overload = getattr(torch.ops.pyops, op).default
     for device_type, key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
         keyset = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
 
         def cast_and_call(*args: Any, device_type: str = device_type, keyset: Any = keyset) -> Any:
             dtype = torch.get_autocast_dtype(device_type)
-            cast = [None if a is None else autocast_to(dtype, a) for a in args[:tensor_arguments]]
+            cast = [
+                None if a is None
+                else [autocast_to(dtype, t) for t in a] if isinstance(a, (list, tuple))
+                else autocast_to(dtype, a)
+                for a in args[:tensor_arguments]
+            ]  # fmt: skip
             with torch._C._ExcludeDispatchKeyGuard(keyset):
                 return overload(*cast, *args[tensor_arguments:])
 
