@@ -8,15 +8,18 @@ from types import MethodType
 from torch import nn
 
 from pyops import backends
-from pyops._swap import chains, lstm, sequential
+from pyops._swap import chains, lstm, multihead, sequential
+from pyops._swap.attention import ATTENTION
 from pyops._swap.conv_pool import CONV_POOL
+from pyops._swap.conv_transpose import CONV_TRANSPOSE
 from pyops._swap.report import Entry, Report, Run
 from pyops._swap.resolve import is_torchs_own
 from pyops._swap.source import SourceUnavailable
 
 __all__ = ["Entry", "Report", "optimize", "optimized", "restore"]
 
-PATTERNS = (CONV_POOL,)
+PATTERNS = (CONV_POOL, CONV_TRANSPOSE, ATTENTION)
+SINGLE = (nn.LSTM, nn.MultiheadAttention)  # modules that an op stands in for by themselves
 # On a function that stands in for a method: says that it is ours.
 _MARK = "_pyops_stand_in"
 
@@ -55,7 +58,7 @@ def optimize(model: nn.Module, *, backend: str | None = None) -> Report:
     for module in model.modules():
         _restore_module(module)
         if "forward" in module.__dict__:
-            if _may_be_swapped(module) or any(map(_may_be_swapped, module.children())):
+            if isinstance(module, SINGLE) or any(map(_may_be_swapped, module.children())):
                 run.skipped(run.place(module, "forward"), ["forward"], "set on this instance")
             continue
         for method, function in _stand_ins(module, run).items():
@@ -95,8 +98,10 @@ def optimized(model: nn.Module, *, backend: str | None = None) -> Iterator[Repor
 
 def _stand_ins(module: nn.Module, run: Run) -> dict[str, Callable]:
     """New functions for methods of `module`, by name."""
-    if isinstance(module, nn.LSTM) and (forward := lstm.rewrite(module, run)):
-        return {"forward": forward}
+    for swap in (lstm, multihead):
+        forward = swap.rewrite(module, run)
+        if forward is not None:
+            return {"forward": forward}
     if sequential.runs_in_order(module):
         forward = sequential.rewrite(module, run)
         return {} if forward is None else {"forward": forward}
@@ -122,7 +127,7 @@ def _stand_ins(module: nn.Module, run: Run) -> dict[str, Callable]:
 
 
 def _may_be_swapped(module: nn.Module) -> bool:
-    return isinstance(module, nn.LSTM) or any(p.starts(module) for p in PATTERNS)
+    return isinstance(module, SINGLE) or any(p.starts(module) for p in PATTERNS)
 
 
 def _own_stand_ins(module: nn.Module) -> dict[str, MethodType]:

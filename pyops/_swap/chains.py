@@ -262,10 +262,10 @@ class _Rewriter(ast.NodeTransformer):
             fused, why = 0, pattern.refusal(value)
             if why is None:
                 fused, why = pattern.plan(steps)
-            if any(kind != "identity" for kind in kinds[1 : fused + 1]):
+            if pattern.alone or any(kind != "identity" for kind in kinds[1 : fused + 1]):
                 fused_any = True
                 self._run.replaced(place, kinds[: fused + 1])
-            if why is None:
+            if why is None and not pattern.alone:
                 kinds, why = self._blocked(chain, kinds, last)
             if why is not None:
                 self._run.skipped(place, kinds, why)

@@ -14,8 +14,10 @@ from pyops.nn import lstm as modules
 from pyops.ops.lstm import lstm
 
 
-def rewrite(module: nn.LSTM, run: Run) -> Callable | None:
+def rewrite(module: nn.Module, run: Run) -> Callable | None:
     """The forward that calls the op, if `module` can have one; reports on it."""
+    if not isinstance(module, nn.LSTM):
+        return None
     place = run.names[id(module)] or type(module).__name__
     if type(module) is not nn.LSTM:
         why = f"the LSTM is a {type(module).__name__}, not exactly nn.LSTM"

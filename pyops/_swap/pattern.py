@@ -39,6 +39,7 @@ class Pattern:
         joins: whether the op can take settings after what a call holds, with equal results.
         worthwhile: whether a call holds enough to run the op.
         op: takes the arguments, and `backend`.
+        alone: whether the first call is worth replacing with nothing after it.
     """
 
     first: str
@@ -53,6 +54,7 @@ class Pattern:
     joins: Callable[[Settings, Settings], bool]
     worthwhile: Callable[[Settings], bool]
     op: Callable[..., Any]
+    alone: bool = False
 
     @property
     def methods(self) -> frozenset[str]:

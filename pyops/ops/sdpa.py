@@ -26,6 +26,8 @@ def scaled_dot_product_attention(
     is_causal: bool = False,
     scale: float | None = None,
     enable_gqa: bool = False,
+    *,
+    backend: str | None = None,
 ) -> Tensor:
     """:func:`torch.nn.functional.scaled_dot_product_attention`: its arguments, results and errors.
 
@@ -40,6 +42,7 @@ def scaled_dot_product_attention(
         is_causal: query i attends to keys 0 to i (the diagonal starts at the first key).
         scale: None means ``head_dim ** -0.5``.
         enable_gqa: key and value may have fewer heads than query.
+        backend: as for :func:`pyops.attention`; what it is asked for and our op does not take still goes to torch's.
 
     Returns:
         (..., heads, seqlen_q, v_head_dim)
@@ -49,7 +52,7 @@ def scaled_dot_product_attention(
         folded = _fold(tensors, enable_gqa)
         if folded is not None:
             (q, k, v, mask), shape = folded
-            output, _ = top_left_attention(q, k, v, mask, is_causal, dropout_p, scale)
+            output, _ = top_left_attention(q, k, v, mask, is_causal, dropout_p, scale, backend)
             return output if shape is None else output.reshape(shape)
     return F.scaled_dot_product_attention(
         query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
