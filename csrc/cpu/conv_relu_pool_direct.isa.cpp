@@ -302,8 +302,11 @@ bool fits_offsets(const Plan& plan) {
   return rows * static_cast<double>(plan.row_stride) < 2e9;
 }
 
-bool make_plan(const ConvReluPoolParams& p, Plan* plan) {
-  plan->p = p;
+bool make_plan(const ConvReluPoolParams& params, Plan* plan) {
+  plan->p = params;
+  ConvReluPoolParams& p = plan->p;
+  // Columns that no window reads are left out.
+  p.conv_w = min(p.conv_w, (p.out_w - 1) * p.pool_stride_w + p.pool_w - p.pool_pad_w);
   plan->pairs = false;
 #if defined(__AVX512BF16__)
   plan->pairs = p.dtype == DType::kBFloat16;
@@ -381,9 +384,7 @@ bool conv_relu_pool_direct(const ConvReluPoolParams& p) {
   if (p.dtype == DType::kDouble || !make_plan(p, &plan)) return false;
   if (p.batch == 0 || p.out_channels == 0 || p.out_h == 0 || p.out_w == 0) return true;
   split_work(&plan);
-  if (p.dtype == DType::kFloat) run<float>(plan);
-  if (p.dtype == DType::kBFloat16) run<BFloat16>(plan);
-  if (p.dtype == DType::kHalf) run<Half>(plan);
+  with_type(p.dtype, [&](auto t) { run<decltype(t)>(plan); });
   return true;
 }
 

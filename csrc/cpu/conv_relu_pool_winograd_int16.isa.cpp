@@ -298,35 +298,34 @@ class Forward : public WinogradBlocks<4, 4> {
 
   // Powers of two near each input channel's largest weight, and their inverses.
   void balance_channels(float* balance, float* inverse) const {
-    constexpr int64_t kColumns = 256;  // of the weights as a matrix, in a task
-    const int64_t columns = p.in_channels * 9, padded = ceil_div(columns, kColumns) * kColumns;
-    uint16_t* const most = static_cast<uint16_t*>(scratch(1, padded * sizeof(uint16_t)));
-    parallel_for(padded / kColumns, [&](int64_t task) {
-      const uint16_t* from = static_cast<const uint16_t*>(p.weight) + task * kColumns;
-      __m512i largest[kColumns / 32] = {};
-      __mmask32 mask[kColumns / 32];
-      for (int i = 0; i < kColumns / 32; ++i) {
-        const int64_t left = columns - task * kColumns - i * 32;
-        mask[i] = left >= 32 ? ~0u : left <= 0 ? 0u : (1u << left) - 1;
-      }
-      for (int64_t k = 0; k < p.out_channels; ++k, from += columns) {
-#pragma GCC unroll 1
-        for (int i = 0; i < kColumns / 32; ++i) {
-          const __m512i x = _mm512_maskz_loadu_epi16(mask[i], from + i * 32);
-          largest[i] = _mm512_max_epu16(largest[i], _mm512_slli_epi16(x, 1));  // without the sign
+    constexpr int64_t kRows = 64;  // output channels in a task
+    const int64_t columns = p.in_channels * 9, padded = ceil_div(columns, 32) * 32;
+    const int64_t tasks = ceil_div(p.out_channels, kRows);
+    // The largest of each column of weights, as bits without the sign.
+    uint16_t* const most = static_cast<uint16_t*>(scratch(1, tasks * padded * sizeof(uint16_t)));
+    parallel_for(tasks, [&](int64_t task) {
+      uint16_t* const to = most + task * padded;
+      std::memset(to, 0, padded * sizeof(uint16_t));
+      const int64_t end = smaller(p.out_channels, (task + 1) * kRows);
+      for (int64_t k = task * kRows; k < end; ++k) {
+        const uint16_t* const from = static_cast<const uint16_t*>(p.weight) + k * columns;
+        for (int64_t i = 0; i < columns; i += 32) {
+          const __mmask32 mask = columns - i >= 32 ? ~0u : (1u << (columns - i)) - 1;
+          const __m512i bits = _mm512_slli_epi16(_mm512_maskz_loadu_epi16(mask, from + i), 1);
+          _mm512_storeu_si512(to + i, _mm512_max_epu16(bits, _mm512_loadu_si512(to + i)));
         }
-      }
-      for (int i = 0; i < kColumns / 32; ++i) {
-        _mm512_storeu_si512(most + task * kColumns + i * 32, largest[i]);
       }
     });
     for (int64_t c = 0; c < groups * kLanes; ++c) {
-      int exponent = 1;
-      for (int tap = 0; tap < 9 && c < p.in_channels; ++tap) {
+      int largest = 0;
+      for (int64_t i = 0; i < 9 * tasks && c < p.in_channels; ++i) {
+        const int64_t tap = i % 9;
         const int64_t at = p.weight_channels_last ? tap * p.in_channels + c : c * 9 + tap;
-        exponent = most[at] >> 8 > exponent ? most[at] >> 8 : exponent;
+        const int bits = most[i / 9 * padded + at];
+        largest = bits > largest ? bits : largest;
       }
-      exponent = exponent > 253 ? 253 : exponent;
+      int exponent = largest >> 8;
+      exponent = exponent < 1 ? 1 : exponent > 253 ? 253 : exponent;
       balance[c] = to_float(BFloat16{static_cast<uint16_t>(exponent << 7)});
       inverse[c] = to_float(BFloat16{static_cast<uint16_t>((254 - exponent) << 7)});
     }
