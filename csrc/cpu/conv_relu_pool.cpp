@@ -140,21 +140,24 @@ bool is_small(const ConvReluPoolParams& p) {
   return products < 200000;
 }
 
-// The weight lies as p.weight_channels_last says; it is copied only where no kernel takes it so.
+// The weight lies as p.weight_channels_last says; it is copied only where a kernel needs it so.
 void run_forward(ConvReluPoolParams& p, const Tensor& weight) {
   const SingleThread scope(is_small(p));
-  if (p.dtype != DType::kDouble) {
-    if (PYOPS_ISA_SELECT(conv_relu_pool_winograd_int16)(p)) return;
-    if (PYOPS_ISA_SELECT(conv_relu_pool_winograd)(p)) return;
-  }
-  const Tensor w = as_dense(weight, false);
-  p.weight = w.const_data_ptr();
-  p.weight_channels_last = false;
+  Tensor w = weight;
+  const auto lay_contiguous = [&] {
+    w = as_dense(weight, false);
+    p.weight = w.const_data_ptr();
+    p.weight_channels_last = false;
+  };
+  if (p.groups > 1 || p.in_channels < 8 || p.in_channels % 2 == 1) lay_contiguous();
   if (p.dtype != DType::kDouble) {
     if (PYOPS_ISA_SELECT(conv_relu_pool_stem)(p)) return;
+    if (PYOPS_ISA_SELECT(conv_relu_pool_winograd_int16)(p)) return;
+    if (PYOPS_ISA_SELECT(conv_relu_pool_winograd)(p)) return;
     if (PYOPS_ISA_SELECT(conv_relu_pool_depthwise)(p)) return;
     if (PYOPS_ISA_SELECT(conv_relu_pool_direct)(p)) return;
   }
+  lay_contiguous();
   conv_relu_pool_generic(p);
 }
 

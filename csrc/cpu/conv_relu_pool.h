@@ -14,8 +14,9 @@ enum class Pool : int { kNone, kMax, kAvg };
 // output = pool(activation(conv(input, weight) + bias)).
 // All tensors are dense; `channels_last` says how input and output (and codes, grads) lie:
 // false (batch, channels, h, w), true (batch, h, w, channels). The weight is
-// (out_channels, in_channels / groups, kernel_h, kernel_w), unless `weight_channels_last`, which only
-// the kernels by Winograd's method take: (out_channels, kernel_h, kernel_w, in_channels).
+// (out_channels, in_channels / groups, kernel_h, kernel_w), unless `weight_channels_last`:
+// (out_channels, kernel_h, kernel_w, in_channels). Winograd's and the direct kernels take that,
+// for one group of an even number of channels, 8 or more.
 struct ConvReluPoolParams {
   int64_t batch, in_channels, in_h, in_w;
   int64_t out_channels, kernel_h, kernel_w;
