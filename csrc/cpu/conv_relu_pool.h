@@ -30,10 +30,10 @@ struct ConvReluPoolParams {
   DType dtype;
   bool channels_last, weight_channels_last;
 
-  const void* input;   // (batch, in_channels, in_h, in_w)
+  const void* input;  // (batch, in_channels, in_h, in_w)
   const void* weight;
-  const void* bias;    // (out_channels,) or null
-  void* output;        // (batch, out_channels, out_h, out_w)
+  const void* bias;  // (out_channels,) or null
+  void* output;      // (batch, out_channels, out_h, out_w)
   // One byte per output element, in output's layout, or null when no gradient is needed.
   //   max: bits 0-6 the winner's place in its window, (y * pool_w + x) counted from the
   //        unclipped window's corner; bit 7 set if the winner's pre-activation passes the

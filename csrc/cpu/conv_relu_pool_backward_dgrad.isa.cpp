@@ -107,7 +107,7 @@ void slide(const float* g, int64_t g_stride, const uint32_t* masks, int64_t mask
 #define PYOPS_LEAVE(offset, pixel) \
   _mm512_store_ps(out + (offset), _mm512_add_ps(_mm512_load_ps(out + (offset)), pixel))
 // The two columns that later windows do not touch.
-#define PYOPS_LEAVE_COLUMNS() \
+#define PYOPS_LEAVE_COLUMNS()     \
   PYOPS_LEAVE(0, p00);            \
   PYOPS_LEAVE(16, p01);           \
   PYOPS_LEAVE(row, p10);          \

@@ -110,10 +110,10 @@ static_assert(kGemmRows <= sizeof(kGemm) / sizeof(kGemm[0]));
 template <int kHeight, int kWidth>
 class Forward : public WinogradBlocks<kHeight, kWidth> {
   using Base = WinogradBlocks<kHeight, kWidth>;
-  using typename Base::Block, typename Base::Segment, typename Base::Tile;
-  using Base::kPositions, Base::p, Base::epilogue, Base::groups, Base::output_blocks;
   using Base::block_columns, Base::block_rows, Base::tiles_h, Base::tiles_w;
   using Base::finish, Base::m_size, Base::make_block, Base::max_tiles, Base::num_blocks;
+  using Base::kPositions, Base::p, Base::epilogue, Base::groups, Base::output_blocks;
+  using typename Base::Block, typename Base::Segment, typename Base::Tile;
   // Codes tell whether an output is above zero. Where it sees zeros only and the bias is zero, the
   // transforms' rounding must not decide that.
   static constexpr bool kMarksBlank = kHeight * kWidth <= 8;

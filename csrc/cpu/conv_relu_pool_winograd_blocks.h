@@ -23,14 +23,16 @@ PYOPS_INLINE void load_weights(const ConvReluPoolParams& p, int64_t k0, int64_t 
   const T* const weight = static_cast<const T*>(p.weight) + k0 * p.in_channels * 9;
   const bool last = p.weight_channels_last;
   for (int j = 0; j < 9; ++j) {
-    // A row of kLanes numbers: as many channels of one tap, or a ninth of all taps of these channels.
+    // A row of kLanes numbers: as many channels of one tap, or a ninth of all taps of these
+    // channels.
     const int64_t at = last ? j * p.in_channels + group * kLanes : group * kLanes * 9 + j * kLanes;
     const int count = last ? live : live * 9 - j * kLanes;
     Vec block[kLanes];
 #pragma GCC unroll 16
     for (int i = 0; i < kLanes; ++i) {
       const T* const from = weight + (i * p.in_channels * 9 + at);
-      __builtin_prefetch(from + (last ? kLanes : 9 * kLanes));  // the next group's: rows are far apart
+      __builtin_prefetch(from +
+                         (last ? kLanes : 9 * kLanes));  // the next group's: rows are far apart
       block[i] = k0 + i < p.out_channels && count > 0 ? load_first(from, count) : Vec{};
     }
     transpose(block);
@@ -288,7 +290,6 @@ class WinogradBlocks {
     blocks_down = ceil_div(total_rows, block_rows);
     blocks_across = ceil_div(tiles_w, block_columns);
   }
-
 };
 
 // Whether the geometry is one that these kernels take.
@@ -297,10 +298,9 @@ PYOPS_INLINE bool suits_winograd(const ConvReluPoolParams& p) {
       p.dilation_h != 1 || p.dilation_w != 1) {
     return false;
   }
-  return p.pool == Pool::kNone ||
-         (p.pool_h == 2 && p.pool_w == 2 && p.pool_stride_h == 2 && p.pool_stride_w == 2 &&
-          p.pool_pad_h == 0 && p.pool_pad_w == 0 && p.out_h * 2 <= p.conv_h &&
-          p.out_w * 2 <= p.conv_w);
+  return p.pool == Pool::kNone || (p.pool_h == 2 && p.pool_w == 2 && p.pool_stride_h == 2 &&
+                                   p.pool_stride_w == 2 && p.pool_pad_h == 0 && p.pool_pad_w == 0 &&
+                                   p.out_h * 2 <= p.conv_h && p.out_w * 2 <= p.conv_w);
 }
 
 }  // namespace

@@ -23,7 +23,7 @@ constexpr int kSumChannels = 128;
 constexpr int kSumGroups = kSumChannels / kLanes;
 constexpr int kWordLanes = kLanes / 2;  // words of two channels in a channel group
 constexpr int kPositions = 36;
-constexpr int kScales = 48;  // kPositions in whole vectors
+constexpr int kScales = 48;        // kPositions in whole vectors
 constexpr int64_t kSkew = kLanes;  // words between positions, so that they differ in cache sets
 
 // Norms of the rounded operands, which are up to half of the square root of kSumChannels longer.
@@ -95,8 +95,8 @@ PYOPS_INLINE Vec sum_lanes(Vec (&rows)[kLanes]) {
   return rows[0];
 }
 
-// Pixels as words of two columns, (channel group, row, column pair, lane): rows x 2 * pairs pixels of
-// `groups` channel groups from first_group, input row y0 and column x0 on. Channel groups lie
+// Pixels as words of two columns, (channel group, row, column pair, lane): rows x 2 * pairs pixels
+// of `groups` channel groups from first_group, input row y0 and column x0 on. Channel groups lie
 // `group_size` floats apart. Writes up to kLanes - 1 words beyond the end of each.
 void pack(const ConvReluPoolParams& p, int64_t n, int64_t y0, int64_t x0, int rows, int pairs,
           int64_t first_group, int groups, float* out, int64_t group_size) {
@@ -142,9 +142,10 @@ void pack(const ConvReluPoolParams& p, int64_t n, int64_t y0, int64_t x0, int ro
         Vec block[kLanes];
 #pragma GCC unroll 16
         for (int i = 0; i < kLanes; ++i) {
-          block[i] = i < live ? reinterpret_cast<Vec>(
-                                    _mm512_maskz_loadu_epi16(mask, row + (i * plane + from)))
-                              : Vec{};
+          block[i] =
+              i < live
+                  ? reinterpret_cast<Vec>(_mm512_maskz_loadu_epi16(mask, row + (i * plane + from)))
+                  : Vec{};
         }
         transpose(block);
         float* const to = out + g * group_size + x * kLanes;
@@ -258,10 +259,10 @@ void gemm_rows(const int32_t* v, int64_t v_group, const int32_t* u, int64_t grou
 
 using GemmRows = void (*)(const int32_t*, int64_t, const int32_t*, int64_t, const float*,
                           const float*, bool, float*);
-constexpr GemmRows kGemm[kGemmRows] = {
-    gemm_rows<1>, gemm_rows<2>, gemm_rows<3>,  gemm_rows<4>,  gemm_rows<5>,  gemm_rows<6>,
-    gemm_rows<7>, gemm_rows<8>, gemm_rows<9>,  gemm_rows<10>, gemm_rows<11>, gemm_rows<12>,
-    gemm_rows<13>, gemm_rows<14>};
+constexpr GemmRows kGemm[kGemmRows] = {gemm_rows<1>,  gemm_rows<2>,  gemm_rows<3>,  gemm_rows<4>,
+                                       gemm_rows<5>,  gemm_rows<6>,  gemm_rows<7>,  gemm_rows<8>,
+                                       gemm_rows<9>,  gemm_rows<10>, gemm_rows<11>, gemm_rows<12>,
+                                       gemm_rows<13>, gemm_rows<14>};
 
 class Forward : public WinogradBlocks<4, 4> {
  public:
@@ -289,7 +290,9 @@ class Forward : public WinogradBlocks<4, 4> {
   int64_t v_size() const { return v_words() + sums * kPositions * max_tiles(); }
   // U of an output block (sum, position, word, kBlockChannels), then its scales (sum,
   // kBlockChannels). The last sum may have fewer words.
-  int64_t u_stride(int64_t sum) const { return groups_of(sum) * kWordLanes * kBlockChannels + kSkew; }
+  int64_t u_stride(int64_t sum) const {
+    return groups_of(sum) * kWordLanes * kBlockChannels + kSkew;
+  }
   int64_t u_sum() const { return kPositions * u_stride(0); }
   int64_t u_size() const { return sums * (u_sum() + kBlockChannels); }
   int groups_of(int64_t sum) const {
@@ -338,14 +341,13 @@ class Forward : public WinogradBlocks<4, 4> {
         scratch(6, (live * pixels + kPositions * kSumGroups) * kLanes * sizeof(float)));
     float* const values = packed + live * pixels * kLanes;
     const int64_t stride = v_stride(block.tiles);
-    float* const scales =
-        reinterpret_cast<float*>(v + v_words()) + sum * kPositions * max_tiles();
+    float* const scales = reinterpret_cast<float*>(v + v_words()) + sum * kPositions * max_tiles();
     int tile = 0;
     for (int s = 0; s < block.num_segments; ++s) {
       const Segment& segment = block.segments[s];
       const int pairs = segment.columns * 2 + 1;
-      pack(p, segment.image, segment.y * 4 - p.pad_h, segment.x * 4 - p.pad_w,
-           segment.rows * 4 + 2, pairs, first_group, live, packed, pixels * kLanes);
+      pack(p, segment.image, segment.y * 4 - p.pad_h, segment.x * 4 - p.pad_w, segment.rows * 4 + 2,
+           pairs, first_group, live, packed, pixels * kLanes);
       for (int i = 0; i < segment.rows * segment.columns; ++i, ++tile) {
         const int y = i / segment.columns, x = i % segment.columns;
         const float* const from = packed + (y * 4 * pairs + x * 2) * kLanes;
@@ -370,8 +372,7 @@ class Forward : public WinogradBlocks<4, 4> {
                          float* scales) const {
     const int live_groups = groups_of(sum);
     const int64_t stride = u_stride(sum);
-    float* const taps =
-        static_cast<float*>(scratch(6, kSumChannels * 9 * kLanes * sizeof(float)));
+    float* const taps = static_cast<float*>(scratch(6, kSumChannels * 9 * kLanes * sizeof(float)));
     for (int vec = 0; vec < kBlockVecs; ++vec) {
       const int64_t k0 = output_block * kBlockChannels + vec * kLanes;
       Vec squares{}, most{};
@@ -446,7 +447,8 @@ class Forward : public WinogradBlocks<4, 4> {
   }
 
   void run_many_tiles(const float* balance) const {
-    int32_t* const u = static_cast<int32_t*>(scratch(2, output_blocks * u_size() * sizeof(int32_t)));
+    int32_t* const u =
+        static_cast<int32_t*>(scratch(2, output_blocks * u_size() * sizeof(int32_t)));
     const auto scales_of = [&](int64_t block, int64_t sum) {
       return reinterpret_cast<float*>(u + block * u_size() + sums * u_sum()) + sum * kBlockChannels;
     };

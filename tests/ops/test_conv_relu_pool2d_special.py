@@ -215,3 +215,23 @@ def test_layouts_of_grad_output(path, channels_last):
         dense = expanded.expand_as(grad).contiguous()
         expected = torch.autograd.grad(out, leaves, dense, retain_graph=True)
         assert all(torch.equal(got, want) for got, want in zip(results, expected, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize(
+    ("w_shape", "stride", "groups"),
+    [((40, 16, 5, 5), 1, 1), ((33, 64, 3, 3), 2, 1), ((20, 9, 5, 5), 1, 1), ((40, 24, 3, 3), 1, 1),
+     ((16, 4, 3, 3), 1, 1), ((24, 2, 3, 3), 1, 12)],
+)  # fmt: skip
+def test_weights_in_channels_last(w_shape, stride, groups, channels_last, dtype):
+    """Each kernel reads them where they lie, or has them copied."""
+    x, w, b = make_inputs(
+        (2, w_shape[1] * groups, 15, 17), w_shape, dtype=dtype, channels_last=channels_last
+    )
+    options = {"stride": stride, "groups": groups, "padding": 1}
+    ours = pyops.conv_relu_pool2d(
+        x, w.contiguous(memory_format=torch.channels_last), b, backend="cpu", **options
+    )
+    exact = plain(x.double(), w.double(), b.double(), **options)
+    assert_within_budget(ours, plain(x, w, b, **options), exact)
