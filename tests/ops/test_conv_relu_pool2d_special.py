@@ -8,7 +8,7 @@ from conv_pool_cases import conv, make_inputs, plain
 from test_conv_relu_pool2d import POOLS, strided_variants
 
 import pyops
-from pyops.testing import within_budget
+from pyops.testing import assert_within_budget, within_budget
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 # (in_channels, out_channels, kernel, options): one for each way the CPU kernels go.
