@@ -27,9 +27,10 @@ CSRC = ROOT / "csrc"
 TORCH_TARGET = "0x020b000000000000"  # 2.11, the oldest torch the libraries run under
 AVX2 = "-mavx2 -mfma -mf16c -mbmi2"
 AVX512 = f"{AVX2} -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512cd"
+AVX512_BF16 = f"{AVX512} -mavx512bf16 -mavx512vnni"
 ISA_FLAGS = {"baseline": ""}
 if platform.machine() in ("x86_64", "AMD64"):
-    ISA_FLAGS |= {"avx2": AVX2, "avx512": AVX512, "avx512_bf16": f"{AVX512} -mavx512bf16"}
+    ISA_FLAGS |= {"avx2": AVX2, "avx512": AVX512, "avx512_bf16": AVX512_BF16}
 
 
 def find_torch() -> Path | None:

@@ -158,14 +158,24 @@ bool is_small(const ConvReluPoolParams& p) {
   return products < 200000;
 }
 
-void run_forward(const ConvReluPoolParams& p) {
+// The weight lies as p.weight_channels_last says; it is copied only where a kernel needs it so.
+void run_forward(ConvReluPoolParams& p, const Tensor& weight) {
   const SingleThread scope(is_small(p));
+  Tensor w = weight;
+  const auto lay_contiguous = [&] {
+    w = as_dense(weight, false);
+    p.weight = w.const_data_ptr();
+    p.weight_channels_last = false;
+  };
+  if (p.groups > 1 || p.in_channels < 8 || p.in_channels % 2 == 1) lay_contiguous();
   if (p.dtype != DType::kDouble) {
     if (PYOPS_ISA_SELECT(conv_relu_pool_stem)(p)) return;
+    if (PYOPS_ISA_SELECT(conv_relu_pool_winograd_int16)(p)) return;
     if (PYOPS_ISA_SELECT(conv_relu_pool_winograd)(p)) return;
     if (PYOPS_ISA_SELECT(conv_relu_pool_depthwise)(p)) return;
     if (PYOPS_ISA_SELECT(conv_relu_pool_direct)(p)) return;
   }
+  lay_contiguous();
   conv_relu_pool_generic(p);
 }
 
@@ -202,7 +212,8 @@ std::tuple<Tensor, Tensor> forward(const Tensor& input, const Tensor& weight,
                               : empty_vector(0, ScalarType::Byte);
   if (p.batch > 0) {
     const Tensor x = as_dense(input, p.channels_last);
-    const Tensor w = as_dense(weight, false);
+    p.weight_channels_last = lies_channels_last(weight);
+    const Tensor w = as_dense(weight, p.weight_channels_last);
     std::optional<Tensor> b = bias;
     if (b && !b->is_contiguous()) b = torch::stable::contiguous(*b);
     p.input = x.const_data_ptr();
@@ -210,7 +221,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& input, const Tensor& weight,
     p.bias = b ? b->const_data_ptr() : nullptr;
     p.output = output.mutable_data_ptr();
     p.codes = codes_wanted ? static_cast<uint8_t*>(codes.mutable_data_ptr()) : nullptr;
-    run_forward(p);
+    run_forward(p, w);
   }
   return {output, codes};
 }

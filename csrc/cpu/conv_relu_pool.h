@@ -13,8 +13,10 @@ enum class Pool : int { kNone, kMax, kAvg };
 
 // output = pool(activation(conv(input, weight) + bias)).
 // All tensors are dense; `channels_last` says how input and output (and codes, grads) lie:
-// false (batch, channels, h, w), true (batch, h, w, channels). The weight is always
-// (out_channels, in_channels / groups, kernel_h, kernel_w).
+// false (batch, channels, h, w), true (batch, h, w, channels). The weight is
+// (out_channels, in_channels / groups, kernel_h, kernel_w), unless `weight_channels_last`:
+// (out_channels, kernel_h, kernel_w, in_channels). Winograd's and the direct kernels take that,
+// for one group of an even number of channels, 8 or more.
 struct ConvReluPoolParams {
   int64_t batch, in_channels, in_h, in_w;
   int64_t out_channels, kernel_h, kernel_w;
@@ -26,12 +28,12 @@ struct ConvReluPoolParams {
   int64_t pool_h, pool_w, pool_stride_h, pool_stride_w, pool_pad_h, pool_pad_w;
   int64_t out_h, out_w;
   DType dtype;
-  bool channels_last;
+  bool channels_last, weight_channels_last;
 
-  const void* input;   // (batch, in_channels, in_h, in_w)
-  const void* weight;  // (out_channels, in_channels / groups, kernel_h, kernel_w)
-  const void* bias;    // (out_channels,) or null
-  void* output;        // (batch, out_channels, out_h, out_w)
+  const void* input;  // (batch, in_channels, in_h, in_w)
+  const void* weight;
+  const void* bias;  // (out_channels,) or null
+  void* output;      // (batch, out_channels, out_h, out_w)
   // One byte per output element, in output's layout, or null when no gradient is needed.
   //   max: bits 0-6 the winner's place in its window, (y * pool_w + x) counted from the
   //        unclipped window's corner; bit 7 set if the winner's pre-activation passes the
@@ -54,6 +56,8 @@ struct ConvReluPoolGradParams {
 // 3x3, stride 1, dilation 1, groups 1, 2x2 pool with stride 2 and no padding:
 PYOPS_ISA_KERNEL(bool, conv_relu_pool_stem, (const ConvReluPoolParams&))      // few input channels
 PYOPS_ISA_KERNEL(bool, conv_relu_pool_winograd, (const ConvReluPoolParams&))  // many
+// The same for bfloat16 without codes, in integers:
+PYOPS_ISA_KERNEL(bool, conv_relu_pool_winograd_int16, (const ConvReluPoolParams&))
 // Any geometry:
 PYOPS_ISA_KERNEL(bool, conv_relu_pool_depthwise, (const ConvReluPoolParams&))
 PYOPS_ISA_KERNEL(bool, conv_relu_pool_direct, (const ConvReluPoolParams&))

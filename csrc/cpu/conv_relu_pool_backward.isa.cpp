@@ -94,16 +94,7 @@ bool conv_relu_pool_backward_sparse(const ConvReluPoolGradParams& q) {
     return true;
   }
   if (q.grad_bias) {
-    switch (p.dtype) {
-      case DType::kFloat:
-        backward_bias<float>(q);
-        break;
-      case DType::kBFloat16:
-        backward_bias<BFloat16>(q);
-        break;
-      default:
-        backward_bias<Half>(q);
-    }
+    with_type(p.dtype, [&](auto t) { backward_bias<decltype(t)>(q); });
   }
   if (q.grad_input) common ? backward_data_3x3(q) : backward_data_any(q);
   if (q.grad_weight) backward_weight_any(q);

@@ -106,19 +106,22 @@ void slide(const float* g, int64_t g_stride, const uint32_t* masks, int64_t mask
   }
 #define PYOPS_LEAVE(offset, pixel) \
   _mm512_store_ps(out + (offset), _mm512_add_ps(_mm512_load_ps(out + (offset)), pixel))
+// The two columns that later windows do not touch.
+#define PYOPS_LEAVE_COLUMNS()     \
+  PYOPS_LEAVE(0, p00);            \
+  PYOPS_LEAVE(16, p01);           \
+  PYOPS_LEAVE(row, p10);          \
+  PYOPS_LEAVE(row + 16, p11);     \
+  PYOPS_LEAVE(2 * row, p20);      \
+  PYOPS_LEAVE(2 * row + 16, p21); \
+  PYOPS_LEAVE(3 * row, p30);      \
+  PYOPS_LEAVE(3 * row + 16, p31)
   for (int64_t x = 0; x < windows; ++x) {
     PYOPS_WINNER(0, p00, p01, p02, p10, p11, p12, p20, p21, p22);
     PYOPS_WINNER(1, p01, p02, p03, p11, p12, p13, p21, p22, p23);
     PYOPS_WINNER(2, p10, p11, p12, p20, p21, p22, p30, p31, p32);
     PYOPS_WINNER(3, p11, p12, p13, p21, p22, p23, p31, p32, p33);
-    PYOPS_LEAVE(0, p00);
-    PYOPS_LEAVE(16, p01);
-    PYOPS_LEAVE(row, p10);
-    PYOPS_LEAVE(row + 16, p11);
-    PYOPS_LEAVE(2 * row, p20);
-    PYOPS_LEAVE(2 * row + 16, p21);
-    PYOPS_LEAVE(3 * row, p30);
-    PYOPS_LEAVE(3 * row + 16, p31);
+    PYOPS_LEAVE_COLUMNS();
     p00 = p02, p01 = p03, p02 = zero, p03 = zero;
     p10 = p12, p11 = p13, p12 = zero, p13 = zero;
     p20 = p22, p21 = p23, p22 = zero, p23 = zero;
@@ -127,16 +130,10 @@ void slide(const float* g, int64_t g_stride, const uint32_t* masks, int64_t mask
     masks += mask_stride;
     out += 32;
   }
-  PYOPS_LEAVE(0, p00);
-  PYOPS_LEAVE(16, p01);
-  PYOPS_LEAVE(row, p10);
-  PYOPS_LEAVE(row + 16, p11);
-  PYOPS_LEAVE(2 * row, p20);
-  PYOPS_LEAVE(2 * row + 16, p21);
-  PYOPS_LEAVE(3 * row, p30);
-  PYOPS_LEAVE(3 * row + 16, p31);
+  PYOPS_LEAVE_COLUMNS();
 #undef PYOPS_TAP
 #undef PYOPS_WINNER
+#undef PYOPS_LEAVE_COLUMNS
 #undef PYOPS_LEAVE
 }
 
@@ -277,14 +274,7 @@ void run(const ConvReluPoolGradParams& q) {
 }  // namespace
 
 void backward_data_3x3(const ConvReluPoolGradParams& q) {
-  switch (q.p.dtype) {
-    case DType::kFloat:
-      return run<float>(q);
-    case DType::kBFloat16:
-      return run<BFloat16>(q);
-    default:
-      return run<Half>(q);
-  }
+  with_type(q.p.dtype, [&](auto t) { run<decltype(t)>(q); });
 }
 #endif  // __AVX512F__
 

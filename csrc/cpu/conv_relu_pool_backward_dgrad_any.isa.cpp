@@ -296,14 +296,7 @@ void run(const ConvReluPoolGradParams& q) {
 }  // namespace
 
 void backward_data_any(const ConvReluPoolGradParams& q) {
-  switch (q.p.dtype) {
-    case DType::kFloat:
-      return run<float>(q);
-    case DType::kBFloat16:
-      return run<BFloat16>(q);
-    default:
-      return run<Half>(q);
-  }
+  with_type(q.p.dtype, [&](auto t) { run<decltype(t)>(q); });
 }
 #endif  // __AVX512F__
 

@@ -15,6 +15,22 @@ constexpr int kTaps = 9;
 constexpr int kTable = 96;  // vectors of 4 winners: 24 KB of weights at a time stay in L1
 constexpr int kTasks = 64;  // at most, as each keeps its own sums of grad_weight
 
+// A window's sums where NaN or infinity met the zeros around a winner's taps: without those.
+template <int kChannels>
+__attribute__((noinline, cold)) void sum_taps(const float* g, const uint8_t* entries, int64_t count,
+                                              const float* table, __m512 (&sum)[kChannels]) {
+  for (int c = 0; c < kChannels; ++c) sum[c] = _mm512_setzero_ps();
+  for (int64_t k = 0; k < count; ++k, table += 4 * kChannels * 16) {
+    const int winner = entries[k] / (2 * kChannels);
+    const __mmask16 taps = static_cast<__mmask16>(0x777 << (winner / 2 * 4 + winner % 2));
+    const __m512 v = _mm512_set1_ps(g[k]);
+    for (int c = 0; c < kChannels; ++c) {
+      const __m512 w = _mm512_load_ps(table + (winner * kChannels + c) * 16);
+      sum[c] = _mm512_mask3_fmadd_ps(v, w, sum[c], taps);
+    }
+  }
+}
+
 // Adds one row of windows to tiles of 2x2 pixels: out[c][tile row 0 or 1][tile][4]. An output
 // channel's weights are at table + entry * 8 for its winner.
 template <int kChannels>
@@ -46,16 +62,28 @@ void spread(const float* g, const uint8_t* entries, int64_t stride, int64_t coun
         }
         weights += kWays * 4 * kChannels * 16;
       }
-      g += stride;
-      entries += stride;
     }
+    __m512 totals[kChannels];
+    __mmask16 nan = 0;
 #pragma GCC unroll 4
     for (int c = 0; c < kChannels; ++c) {
-      __m512 total = sum[0][c];
+      totals[c] = sum[0][c];
 #pragma GCC unroll 4
-      for (int i = 1; i < kWays; ++i) total = _mm512_add_ps(total, sum[i][c]);
+      for (int i = 1; i < kWays; ++i) totals[c] = _mm512_add_ps(totals[c], sum[i][c]);
+      nan |= _mm512_cmp_ps_mask(totals[c], totals[c], _CMP_UNORD_Q);
+    }
+    if (__builtin_expect(nan != 0, 0)) {
+      __m512 exact[kChannels];
+      sum_taps<kChannels>(g, entries, count, table, exact);
+#pragma GCC unroll 4
+      for (int c = 0; c < kChannels; ++c) totals[c] = exact[c];
+    }
+    g += stride;
+    entries += stride;
+#pragma GCC unroll 4
+    for (int c = 0; c < kChannels; ++c) {
       // Columns 0 and 1 are this tile's, 2 and 3 the next one's.
-      total = _mm512_permutexvar_ps(tiled, total);
+      const __m512 total = _mm512_permutexvar_ps(tiled, totals[c]);
       const __m256 done =
           _mm256_add_ps(_mm512_castps512_ps256(total), _mm512_castps512_ps256(carry[c]));
       carry[c] = _mm512_castps256_ps512(_mm512_extractf32x8_ps(total, 1));
@@ -368,14 +396,7 @@ void run(const ConvReluPoolGradParams& q) {
 }  // namespace
 
 void backward_stem(const ConvReluPoolGradParams& q) {
-  switch (q.p.dtype) {
-    case DType::kFloat:
-      return run<float>(q);
-    case DType::kBFloat16:
-      return run<BFloat16>(q);
-    default:
-      return run<Half>(q);
-  }
+  with_type(q.p.dtype, [&](auto t) { run<decltype(t)>(q); });
 }
 #endif  // __AVX512F__
 

@@ -212,9 +212,7 @@ bool conv_relu_pool_depthwise(const ConvReluPoolParams& p) {
     }
   }
   plan.offsets = offsets;
-  if (p.dtype == DType::kFloat) run<float>(plan);
-  if (p.dtype == DType::kBFloat16) run<BFloat16>(plan);
-  if (p.dtype == DType::kHalf) run<Half>(plan);
+  with_type(p.dtype, [&](auto t) { run<decltype(t)>(plan); });
   return true;
 }
 

@@ -157,7 +157,7 @@ PYOPS_INLINE void weight_words(const Plan& plan, const BFloat16* src, int64_t ta
                                float* dst) {
   if (!plan.pairs) return copy_words(src + tap, 1, count, dst);
   const int64_t area = plan.p.kernel_h * plan.p.kernel_w;
-  if (area == 1 && plan.channels % 2 == 0) {
+  if (plan.channels % 2 == 0 && (area == 1 || plan.p.weight_channels_last)) {
     std::memcpy(dst, src + 2 * tap, count * 4);
     return;
   }
@@ -302,8 +302,11 @@ bool fits_offsets(const Plan& plan) {
   return rows * static_cast<double>(plan.row_stride) < 2e9;
 }
 
-bool make_plan(const ConvReluPoolParams& p, Plan* plan) {
-  plan->p = p;
+bool make_plan(const ConvReluPoolParams& params, Plan* plan) {
+  plan->p = params;
+  ConvReluPoolParams& p = plan->p;
+  // Columns that no window reads are left out.
+  p.conv_w = min(p.conv_w, (p.out_w - 1) * p.pool_stride_w + p.pool_w - p.pool_pad_w);
   plan->pairs = false;
 #if defined(__AVX512BF16__)
   plan->pairs = p.dtype == DType::kBFloat16;
@@ -360,14 +363,14 @@ void run(Plan& plan) {
                    weight + g * plan.group_floats() + block * kBlock * plan.packed_taps);
   });
   int32_t* offsets = static_cast<int32_t*>(scratch(1, plan.taps * 4));
-  for (int64_t word = 0, t = 0; word < plan.words; ++word) {
-    for (int64_t r = 0; r < p.kernel_h; ++r) {
-      for (int64_t s = 0; s < p.kernel_w; ++s, ++t) {
-        offsets[t] =
-            static_cast<int32_t>(word * plan.word_stride + r * p.dilation_h * plan.row_stride +
-                                 s * p.dilation_w * plan.column_stride);
-      }
-    }
+  // Taps in the order in which the weights lie.
+  const int64_t area = p.kernel_h * p.kernel_w;
+  for (int64_t t = 0; t < plan.taps; ++t) {
+    const int64_t word = p.weight_channels_last ? t % plan.words : t / area;
+    const int64_t place = p.weight_channels_last ? t / plan.words : t % area;
+    offsets[t] = static_cast<int32_t>(word * plan.word_stride +
+                                      place / p.kernel_w * p.dilation_h * plan.row_stride +
+                                      place % p.kernel_w * p.dilation_w * plan.column_stride);
   }
   plan.offsets = offsets;
   parallel_for(p.batch * p.groups * plan.bands * plan.splits,
@@ -381,9 +384,7 @@ bool conv_relu_pool_direct(const ConvReluPoolParams& p) {
   if (p.dtype == DType::kDouble || !make_plan(p, &plan)) return false;
   if (p.batch == 0 || p.out_channels == 0 || p.out_h == 0 || p.out_w == 0) return true;
   split_work(&plan);
-  if (p.dtype == DType::kFloat) run<float>(plan);
-  if (p.dtype == DType::kBFloat16) run<BFloat16>(plan);
-  if (p.dtype == DType::kHalf) run<Half>(plan);
+  with_type(p.dtype, [&](auto t) { run<decltype(t)>(plan); });
   return true;
 }
 

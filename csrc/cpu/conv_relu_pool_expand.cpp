@@ -1,7 +1,6 @@
 #include "conv_relu_pool_expand.h"
 
 #include <algorithm>
-#include <type_traits>
 
 #define PYOPS_ISA baseline  // plain loops; simd.h only for the 16-bit types
 #include "runtime.h"
@@ -123,32 +122,21 @@ void sum_channels_of(const ConvReluPoolParams& p, const T* expanded, T* grad_bia
   });
 }
 
-// Calls f with a null pointer of the element type.
 template <class F>
-void with_type(DType dtype, const F& f) {
-  switch (dtype) {
-    case DType::kFloat:
-      return f(static_cast<float*>(nullptr));
-    case DType::kBFloat16:
-      return f(static_cast<BFloat16*>(nullptr));
-    case DType::kHalf:
-      return f(static_cast<Half*>(nullptr));
-    case DType::kDouble:
-      return f(static_cast<double*>(nullptr));
-  }
+void with_any_type(DType dtype, const F& f) {
+  if (dtype == DType::kDouble) return f(double{});
+  baseline::with_type(dtype, f);
 }
 
 }  // namespace
 
 void expand_gradient(const ConvReluPoolGradParams& g, const void* output_sign, void* expanded) {
-  with_type(g.p.dtype, [&](auto* type) {
-    expand<std::remove_pointer_t<decltype(type)>>(g, output_sign, expanded);
-  });
+  with_any_type(g.p.dtype, [&](auto t) { expand<decltype(t)>(g, output_sign, expanded); });
 }
 
 void sum_channels(const ConvReluPoolParams& p, const void* expanded, void* grad_bias) {
-  with_type(p.dtype, [&](auto* type) {
-    using T = std::remove_pointer_t<decltype(type)>;
+  with_any_type(p.dtype, [&](auto t) {
+    using T = decltype(t);
     sum_channels_of(p, static_cast<const T*>(expanded), static_cast<T*>(grad_bias));
   });
 }

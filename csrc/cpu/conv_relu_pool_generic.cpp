@@ -138,16 +138,8 @@ void run(const ConvReluPoolParams& p) {
 namespace pyops::cpu {
 
 void conv_relu_pool_generic(const ConvReluPoolParams& p) {
-  switch (p.dtype) {
-    case DType::kFloat:
-      return generic::run<float, float>(p);
-    case DType::kBFloat16:
-      return generic::run<generic::BFloat16, float>(p);
-    case DType::kHalf:
-      return generic::run<generic::Half, float>(p);
-    case DType::kDouble:
-      return generic::run<double, double>(p);
-  }
+  if (p.dtype == DType::kDouble) return generic::run<double, double>(p);
+  generic::with_type(p.dtype, [&](auto t) { generic::run<decltype(t), float>(p); });
 }
 
 }  // namespace pyops::cpu

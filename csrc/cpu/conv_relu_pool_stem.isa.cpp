@@ -33,13 +33,6 @@ PYOPS_INLINE const float* opaque(const float* p) {
   return p;
 }
 
-template <class F>
-PYOPS_INLINE void with_type(DType dtype, const F& f) {
-  if (dtype == DType::kFloat) return f(float{});
-  if (dtype == DType::kBFloat16) return f(BFloat16{});
-  return f(Half{});
-}
-
 // packed: (output block, channel, tap, kBlockChannels), zeros beyond the last output channel.
 template <class T>
 void pack_weights(const ConvReluPoolParams& p, float* packed) {

@@ -37,7 +37,8 @@ bool cpu_supports(Isa isa) {
              __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
              __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512cd");
     case Isa::kAvx512Bf16:
-      return cpu_supports(Isa::kAvx512) && __builtin_cpu_supports("avx512bf16");
+      return cpu_supports(Isa::kAvx512) && __builtin_cpu_supports("avx512bf16") &&
+             __builtin_cpu_supports("avx512vnni");
   }
 #endif
   return isa == Isa::kBaseline;

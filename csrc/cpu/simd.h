@@ -8,6 +8,8 @@
 #include <immintrin.h>
 #endif
 
+#include "dtype.h"
+
 #ifndef PYOPS_ISA
 #error "compile this file once per instruction set with -DPYOPS_ISA=<name>"
 #endif
@@ -37,6 +39,14 @@ struct Half {
 };
 
 #define PYOPS_INLINE inline __attribute__((always_inline))
+
+// Calls f with a value of the element type: float, BFloat16 or Half.
+template <class F>
+PYOPS_INLINE auto with_type(DType dtype, const F& f) {
+  if (dtype == DType::kFloat) return f(float{});
+  if (dtype == DType::kBFloat16) return f(BFloat16{});
+  return f(Half{});
+}
 
 PYOPS_INLINE Vec splat(float value) { return value - Vec{}; }
 PYOPS_INLINE Vec load(const float* p) { return *reinterpret_cast<const VecUnaligned*>(p); }

@@ -334,20 +334,24 @@ def _slower_on_cpu(
     out_channels, group_channels, kernel_h, kernel_w = weight_shape
     taps = kernel_h * kernel_w
     half = dtype != torch.float32
-    if spec.pool == "none" and needs_grad:
-        return True  # a dense gradient leaves the backward nothing to win
+    if needs_grad and (spec.pool != "max" or spec.groups > 1 or max(spec.dilation) > 1):
+        return True  # the library's backward, after which the forward's gain is too small
     if spec.groups > 1:
         group_outputs = out_channels // spec.groups
         if group_channels == group_outputs == 1:
             return spec.pool == "none" and (max(spec.stride) > 1 or taps > 25 or half)
         return group_outputs <= 8 and (half or group_outputs == 8)
+    if dtype == torch.float16 and not needs_grad:
+        return False  # which torch has no fast convolution for
     pixels = (input_shape[0] if len(input_shape) == 4 else 1) * math.prod(
         conv_extents(input_shape, weight_shape, spec)
     )
-    if taps == 1 and not half and pixels < 100 and out_channels * group_channels > 2**18:
+    if pixels < 100 and out_channels * group_channels > 2**17 and (half or taps == 1):
         return True  # packing the weights costs as much as using them
-    winograd = (kernel_h, kernel_w, *spec.stride, *spec.dilation) == (3, 3, 1, 1, 1, 1)
-    return spec.pool == "none" and not half and taps > 1 and group_channels >= 64 and not winograd
+    if (kernel_h, kernel_w, *spec.stride, *spec.dilation) == (3, 3, 1, 1, 1, 1):
+        small_windows = spec.pool_size == spec.pool_stride == (2, 2)
+        return not (spec.pool == "none" or small_windows) and group_channels >= 128
+    return spec.pool == "none" and taps > 1 and group_channels >= 64
 
 
 def _refusal(
