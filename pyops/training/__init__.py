@@ -11,7 +11,7 @@ from types import ModuleType
 from pyops.training.checkpoint import CheckpointError, read_checkpoint
 from pyops.training.trainer import OPS, Trainer
 
-MODELS = ("cnn", "gan", "transformer")
+MODELS = ("cnn", "lstm", "transformer", "gan")
 
 __all__ = ["MODELS", "OPS", "CheckpointError", "Trainer", "read_checkpoint", "task"]
 
