@@ -127,15 +127,17 @@ def forward(
     names = ("PRECISION", "ACTIVATION", "CHANNELS_LAST", "HAS_BIAS", "HAS_SCALE", "HAS_SHIFT")
     key = (input.dtype, in_channels, out_channels, pixels.bit_length(), *taps)
     key += (*spec[:9], *(arguments[name] for name in names))
-    configs = forward_configs(group_in, group_out, input.dtype, arguments["PRECISION"])
+    scattered = not channels_last and max(phases) > 1
+    configs = forward_configs(group_in, group_out, input.dtype, arguments["PRECISION"], scattered)
     with common.device_guard(input):
         common.launch(conv_transpose_act_forward_kernel, configs, key, bind)
     return output
 
 
 def forward_configs(
-    group_in: int, group_out: int, dtype: torch.dtype, precision: str
+    group_in: int, group_out: int, dtype: torch.dtype, precision: str, scattered: bool
 ) -> list[Config]:
+    """`scattered`: neighbouring outputs of a phase do not lie side by side, so that each has its address."""
     block_k = common.power_of_2(group_in, 16, 128 // dtype.itemsize)
     block_n = common.power_of_2(group_out, 16, 128)
     if dtype is torch.float32 and precision == "ieee" and not common.INTERPRET:
@@ -143,6 +145,8 @@ def forward_configs(
         tiles = [(min(block_n, 64), 64, 16, 4, 2)]
     elif group_in * dtype.itemsize % 16 != 0:  # loads are of single elements
         tiles = [(min(block_n, 64), 128, min(block_k, 32), 8, 2)]
+    elif scattered:
+        tiles = [(block_n, 64, block_k, 8 if block_n == 128 else 4, 3)]
     elif block_n == 128:
         tiles = [(128, 128, block_k, 8, 3), (64, 128, block_k, 4, 3)]
     else:

@@ -16,7 +16,7 @@ def first_tap(
     """The first tap that meets the outputs of a phase; TAPS if none does."""
     first = TAPS
     for i in tl.static_range(TAPS):
-        r: tl.constexpr = TAPS - 1 - i
+        r = TAPS - 1 - i
         first = tl.where((phase + PAD - r * DILATION) % STRIDE == 0, r, first)
     return first
 

@@ -15,6 +15,7 @@
 #include "../checks.h"
 #include "runtime.h"
 #include "simd.h"
+#include "strided_conv.h"
 #include "tensors.h"
 
 namespace pyops::cpu {
@@ -315,6 +316,40 @@ void weight_products(const T* weight, const T* gradient, int64_t in_channels, in
   }
 }
 
+// The correlation of x and du by our own kernel, if it takes them. `accurate`: the gradient of
+// scale is a sum over it.
+bool weight_gradient(const ConvTransposeParams& p, const Tensor& x, const Tensor& du, bool accurate,
+                     Tensor* grad_weight) {
+  if (p.dtype == DType::kDouble) return false;
+  Tensor result = empty_contiguous<4>(
+      {p.in_channels, p.out_channels / p.groups, p.kernel_h, p.kernel_w}, x.scalar_type());
+  const StridedWgradParams w{p.batch,
+                             p.groups,
+                             p.in_channels,
+                             p.in_h,
+                             p.in_w,
+                             p.out_channels,
+                             p.out_h,
+                             p.out_w,
+                             p.kernel_h,
+                             p.kernel_w,
+                             p.stride_h,
+                             p.stride_w,
+                             p.pad_h,
+                             p.pad_w,
+                             p.dilation_h,
+                             p.dilation_w,
+                             p.dtype,
+                             p.channels_last,
+                             accurate,
+                             x.const_data_ptr(),
+                             du.const_data_ptr(),
+                             result.mutable_data_ptr()};
+  if (!PYOPS_ISA_SELECT(strided_conv_wgrad)(w)) return false;
+  *grad_weight = result;
+  return true;
+}
+
 using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 // With u = (conv(x, w) + bias) * scale + shift and du its gradient: the convolution is linear in
@@ -397,27 +432,30 @@ Gradients backward(const Tensor& grad_output, const Tensor& input, const Tensor&
                      outputs, taps, p.groups, static_cast<T*>(scaled.mutable_data_ptr()));
       });
     }
-    const bool wanted[3] = {wants_input, wants_weight, false};
-    using torch::stable::detail::from;
-    std::array<StableIValue, 11> stack{
-        from(du),
-        from(x),
-        from(scaled),
-        from(std::optional<IntList>()),
-        from(IntList{stride_h, stride_w}),
-        from(IntList{pad_h, pad_w}),
-        from(IntList{dilation_h, dilation_w}),
-        from(true),
-        from(IntList{output_pad_h, output_pad_w}),
-        from(p.groups),
-        from(torch::headeronly::HeaderOnlyArrayRef<bool>(wanted, 3))};
-    PYOPS_SHIM_CHECK(
-        torch_call_dispatcher("aten::convolution_backward", "", stack.data(), TORCH_ABI_VERSION));
-    Tensor results[3];
-    for (int i = 0; i < 3; ++i) results[i] = torch::stable::detail::to<Tensor>(stack[i]);
-    if (wants_input) grad_input = as_dense(results[0], p.channels_last);
+    const bool native = wants_weight && weight_gradient(p, x, du, wants_scale, &grad_weight);
+    const bool wanted[3] = {wants_input, wants_weight && !native, false};
+    if (wanted[0] || wanted[1]) {
+      using torch::stable::detail::from;
+      std::array<StableIValue, 11> stack{
+          from(du),
+          from(x),
+          from(scaled),
+          from(std::optional<IntList>()),
+          from(IntList{stride_h, stride_w}),
+          from(IntList{pad_h, pad_w}),
+          from(IntList{dilation_h, dilation_w}),
+          from(true),
+          from(IntList{output_pad_h, output_pad_w}),
+          from(p.groups),
+          from(torch::headeronly::HeaderOnlyArrayRef<bool>(wanted, 3))};
+      PYOPS_SHIM_CHECK(
+          torch_call_dispatcher("aten::convolution_backward", "", stack.data(), TORCH_ABI_VERSION));
+      Tensor results[3];
+      for (int i = 0; i < 3; ++i) results[i] = torch::stable::detail::to<Tensor>(stack[i]);
+      if (wanted[0]) grad_input = as_dense(results[0], p.channels_last);
+      if (wanted[1]) grad_weight = as_dense(results[1], false);
+    }
     if (wants_weight) {
-      grad_weight = as_dense(results[1], false);
       with_type(p.dtype, [&](auto* type) {
         using T = std::remove_pointer_t<decltype(type)>;
         T* dw = static_cast<T*>(grad_weight.mutable_data_ptr());

@@ -20,7 +20,7 @@ constexpr int kMaxVectors = 4;  // of pixels
 #else
 constexpr int kMaxVectors = 2;
 #endif
-constexpr int64_t kTapsPerSum = 64;  // bounds the rounding error of long sums
+constexpr int64_t kTapsPerSum = 32;  // bounds the rounding error of long sums
 constexpr int64_t kInputBytes = 512 << 10;
 
 struct Plan {

@@ -6,6 +6,7 @@ autocast and vmap rules, the same for all backends, are in conv_transpose_act_ru
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -253,9 +254,25 @@ def _choose(
             break
         if dtype == torch.float64 or input_shape[0] == 0:
             continue
+        if name == "cpu" and _slower_on_cpu(input_shape, weight_shape, dtype, spec):
+            continue
         if _refusal(name, input_shape, weight_shape, dtype, spec, needs_grad) is None:
             return name
     return "reference"
+
+
+def _slower_on_cpu(
+    input_shape: torch.Size, weight_shape: torch.Size, dtype: torch.dtype, spec: ConvTransposeSpec
+) -> bool:
+    """Where plain torch was measured faster than backend cpu: docs/kernels/conv_transpose.md."""
+    pixels = math.prod(input_shape[-2:])
+    taps = math.prod(weight_shape[2:])
+    if pixels * (input_shape[0] if len(input_shape) == 4 else 1) < 32 and (
+        dtype != torch.float32 and math.prod(weight_shape) > 2**18
+    ):
+        return True  # packing the weights costs as much as using them
+    dense = spec.stride == (1, 1) and taps > 1 and spec.groups == 1
+    return dense and dtype == torch.float32 and pixels > 64 and weight_shape[1] > 8
 
 
 def _refusal(

@@ -105,7 +105,9 @@ def test_sizes(size, batch, channels_last):
 @pytest.mark.parametrize("width", [1, 2, 7, 8, 15, 16, 17, 33, 70])
 @pytest.mark.parametrize("out_channels", [1, 3, 8])
 def test_widths_of_few_output_channels(out_channels, width, channels_last):
-    tensors = make_inputs((2, 11, 5, width), (11, out_channels, 4, 4), channels_last=channels_last)
+    # Enough outputs that how well torch happens to hit one of them does not decide.
+    x_shape = (2 + 32 // width, 11, 8, width)
+    tensors = make_inputs(x_shape, (11, out_channels, 4, 4), channels_last=channels_last)
     check(tensors, gradients=width == 7, stride=2, padding=1, activation="tanh")
 
 
