@@ -121,7 +121,6 @@ class Case:
 
 CASES = {
     "plain": Case((40, 40)),
-    "one": Case((1, 1)),
     "one-query": Case((1, 67), window=CAUSAL, heads=(4, 2)),
     "one-key": Case((67, 1), head_dims=(8, 8)),
     "bf16": Case((35, 50), dtype=BF16, head_dims=(32, 32), window=CAUSAL),

@@ -31,7 +31,7 @@ pytestmark = [
         not common.INTERPRET, reason="needs TRITON_INTERPRET=1, set before Triton is imported"
     ),
     # NumPy's opinion of exponents of -inf.
-    pytest.mark.filterwarnings("ignore::RuntimeWarning"),
+    pytest.mark.filterwarnings("ignore::RuntimeWarning", "ignore::DeprecationWarning"),
 ]
 
 
@@ -79,6 +79,18 @@ def test_within_budget_and_bounds(name, fenced):
         for name, t in case.make("cpu").items()
     }
     check(case, "cpu", tensors)
+
+
+def test_one_key():
+    """The output is the value, and no score matters but to lse: no error to be measured against."""
+    case = Case((1, 1))
+    tensors = case.make("cpu")
+    output, lse = case.forward(tensors)
+    torch.testing.assert_close(output, tensors["value"])
+    grads = case.backward(tensors, torch.ones_like(output), torch.ones_like(lse), output, lse)
+    expected = tensors["key"] / 4, tensors["query"] / 4, torch.ones_like(output)
+    for grad, wanted in zip(grads[:3], expected, strict=True):
+        torch.testing.assert_close(grad, wanted)
 
 
 @pytest.mark.parametrize("name", ["plain", "fp16-heads-inside", "odd-head-dims"])
