@@ -134,6 +134,8 @@ CASES = {
     "head-dim-1": Case((20, 33), head_dims=(1, 1), dtype=FP16),
     "window": Case((70, 70), window=(9, 3)),
     "window-left": Case((60, 68), window=(20, -1), dtype=FP16),
+    # One key more or less would be another number of whole blocks, at either end, in every kernel.
+    "window-at-block-ends": Case((70, 84), window=(60, 0), heads=(1, 1)),
     "window-nothing": Case((64, 20), window=(3, 5)),
     # The backward kernels have one loop from 64 on.
     "wide-window": Case((50, 60), window=(12, 4), head_dims=(64, 64), dtype=FP16, heads=(1, 1)),
