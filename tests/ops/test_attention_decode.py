@@ -316,11 +316,17 @@ BAD = {
     "length beyond": ({"cache_seqlens": ints(5, 49, 3)}, "cache_seqlens"),
     "no room in the pages": ({"paged": True, "cache_seqlens": ints(5, 0, 47)}, "cache_seqlens"),
     "block below 0": (
-        {"paged": True, "block_table": lambda a: a["block_table"].index_fill(1, ints(4), -1)},
+        {
+            "paged": True,
+            "block_table": lambda a: a["block_table"].index_fill(1, ints(4).long(), -1),
+        },
         "block_table",
     ),
     "block beyond": (
-        {"paged": True, "block_table": lambda a: a["block_table"].index_fill(1, ints(0), 22)},
+        {
+            "paged": True,
+            "block_table": lambda a: a["block_table"].index_fill(1, ints(0).long(), 22),
+        },
         "block_table",
     ),
     "rotary too short": (
