@@ -78,9 +78,9 @@ def test_nan_and_infinities_stay_in_their_rows(where, bad, backend):
     out = pyops.attention(**tensors, causal=True, backend=backend)
     want = pyops.attention(*clean, causal=True, backend=backend)
     touched = torch.zeros(2, 2, 20, dtype=torch.bool)
-    touched[1, 1, 7 if where == "query" else slice(7, None)] = True
-    if where == "query":
-        touched[1, 1, 8:] = False
+    # A value that no row sees is still multiplied by its weight of 0, here and in torch.
+    rows = {"query": slice(7, 8), "key": slice(7, None), "value": slice(None)}
+    touched[1, 1, rows[where]] = True
     assert torch.equal(out[~touched], want[~touched])
     theirs = plain(**tensors, causal=True)[0]
     assert torch.equal(out[touched].isnan(), theirs[touched].isnan()) or where == "value"
@@ -213,7 +213,7 @@ def calls(draw):
 
 
 FIXED = settings(
-    max_examples=120,
+    max_examples=80,
     deadline=None,
     derandomize=True,
     database=None,
