@@ -213,7 +213,7 @@ def calls(draw):
 
 
 FIXED = settings(
-    max_examples=80,
+    max_examples=40,
     deadline=None,
     derandomize=True,
     database=None,
