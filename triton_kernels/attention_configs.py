@@ -22,7 +22,9 @@ def forward_configs(
     if INTERPRET:
         return [_config(32, 16, 4, 1)]
     if dtype is torch.float32:
-        return [_config(32 if width <= 128 else 16, 32 if width <= 64 else 16, 4, 1)]
+        if width <= 64:
+            return [_config(64, 32, 4, 2)]
+        return [_config(32 if width <= 128 else 16, 16, 4, 1)]
     heavy = flags.BIAS != "none" or flags.DROPOUT
     if flags.LOADS == "pointers":
         if width <= 128:
@@ -36,6 +38,8 @@ def forward_configs(
         return [_config(128, 64, 8, 3, 128 if plain else None)]
     if width <= 128:
         small = heavy or flags.SOFTCAP or (flags.LEFT and flags.VARLEN)
+        if flags.BIAS != "none" and flags.DROPOUT:
+            return [_config(128, 32, 8, 2)]
         return [_config(128, 64 if small else 128, 8, 2)]
     return [_config(128, 32 if heavy else 64, 8, 2)]
 
@@ -55,12 +59,14 @@ def key_configs(flags: Flags, dtype: torch.dtype) -> list[Config]:
     heavy = flags.BIAS != "none" or flags.DROPOUT
     if flags.LOADS == "pointers":
         if width <= 64:
-            return [_backward(32 if heavy else 64, 64, 4, 2, not heavy)]
+            return [_backward(32 if heavy else 64, 64, 8 if heavy else 4, 2, not heavy)]
         return [_backward(32, 64, 8, 1 if width > 128 else 2, False)]
     if width <= 64:
         return [_backward(64, 128, 8, 2, not heavy)]
     # Two loops of the largest tiles would spill.
     if width <= 128:
+        if flags.BIAS != "none" and flags.DROPOUT:
+            return [_backward(32, 64, 8, 2, False)]
         small = heavy or flags.SOFTCAP or flags.VARLEN
         return [_backward(32 if small else 64, 128, 8, 2, False)]
     return [_backward(32, 64, 8, 2, False)]

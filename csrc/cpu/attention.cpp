@@ -4,7 +4,10 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
+#include <algorithm>
 #include <cmath>
+#include <cstring>
+#include <limits>
 #include <tuple>
 
 #include "attention_checks.h"
@@ -25,10 +28,52 @@ void check_dtype_and_dim(const AttentionProblem& p) {
                   " heads do not divide the ", p.heads, " of query");
 }
 
-void set_options(AttentionProblem& p, const Tensor& query, const OptionalTensor& alibi_slopes,
-                 const OptionalTensor& sinks, const OptionalTensor& rng_state, double scale,
-                 double softcap, int64_t window_left, int64_t window_right, bool top_left,
-                 double dropout_p) {
+void check_unit_stride(const char* name, const Tensor& t) {
+  const int64_t last = t.dim() - 1;
+  STD_TORCH_CHECK(t.size(last) <= 1 || t.stride(last) == 1, name,
+                  ": expected a last stride of 1, got ", t.stride(last));
+}
+
+// The rows of the sequences that `cu_seqlens` delimits.
+const int32_t* checked_cu_seqlens(const char* name, const Tensor& t, int64_t total,
+                                  const char* longest_name, int64_t longest) {
+  check_rank(name, t, 1);
+  STD_TORCH_CHECK(t.scalar_type() == ScalarType::Int && t.is_contiguous() && t.size(0) >= 1, name,
+                  ": expected a contiguous int32 tensor of shape (batch + 1,)");
+  const int32_t* ends = static_cast<const int32_t*>(t.const_data_ptr());
+  STD_TORCH_CHECK(ends[0] == 0, name, ": expected to start at 0, got ", ends[0]);
+  for (int64_t b = 0; b + 1 < t.size(0); ++b) {
+    STD_TORCH_CHECK(ends[b + 1] >= ends[b], name, ": expected no decrease, got ", ends[b],
+                    " before ", ends[b + 1]);
+    STD_TORCH_CHECK(ends[b + 1] - ends[b] <= longest, longest_name, ": ", longest,
+                    " is less than the ", ends[b + 1] - ends[b], " of sequence ", b);
+  }
+  const int32_t end = ends[t.size(0) - 1];
+  STD_TORCH_CHECK(end <= total, name, ": ends at ", end, ", beyond the ", total,
+                  " rows of the tensor");
+  return ends;
+}
+
+// torch's rule: strides of dimensions of size 1 do not matter, empty tensors are contiguous.
+bool is_transposed_contiguous(const Tensor& t) {
+  const int64_t order[4] = {0, 2, 1, 3};
+  int64_t stride = 1;
+  for (int i = 3; i >= 0; --i) {
+    const int64_t size = t.size(order[i]);
+    if (size == 0) return true;
+    if (size != 1 && t.stride(order[i]) != stride) return false;
+    stride *= size;
+  }
+  return true;
+}
+
+}  // namespace
+
+void set_attention_options(AttentionProblem& p, const Tensor& query,
+                           const OptionalTensor& alibi_slopes, const OptionalTensor& sinks,
+                           const OptionalTensor& rng_state, double scale, double softcap,
+                           int64_t window_left, int64_t window_right, bool top_left,
+                           double dropout_p) {
   p.scale = static_cast<float>(scale);
   p.softcap = static_cast<float>(softcap);
   STD_TORCH_CHECK(softcap >= 0 && std::isfinite(softcap),
@@ -80,47 +125,6 @@ void set_options(AttentionProblem& p, const Tensor& query, const OptionalTensor&
   }
 }
 
-void check_unit_stride(const char* name, const Tensor& t) {
-  const int64_t last = t.dim() - 1;
-  STD_TORCH_CHECK(t.size(last) <= 1 || t.stride(last) == 1, name,
-                  ": expected a last stride of 1, got ", t.stride(last));
-}
-
-// The rows of the sequences that `cu_seqlens` delimits.
-const int32_t* checked_cu_seqlens(const char* name, const Tensor& t, int64_t total,
-                                  const char* longest_name, int64_t longest) {
-  check_rank(name, t, 1);
-  STD_TORCH_CHECK(t.scalar_type() == ScalarType::Int && t.is_contiguous() && t.size(0) >= 1, name,
-                  ": expected a contiguous int32 tensor of shape (batch + 1,)");
-  const int32_t* ends = static_cast<const int32_t*>(t.const_data_ptr());
-  STD_TORCH_CHECK(ends[0] == 0, name, ": expected to start at 0, got ", ends[0]);
-  for (int64_t b = 0; b + 1 < t.size(0); ++b) {
-    STD_TORCH_CHECK(ends[b + 1] >= ends[b], name, ": expected no decrease, got ", ends[b],
-                    " before ", ends[b + 1]);
-    STD_TORCH_CHECK(ends[b + 1] - ends[b] <= longest, longest_name, ": ", longest,
-                    " is less than the ", ends[b + 1] - ends[b], " of sequence ", b);
-  }
-  const int32_t end = ends[t.size(0) - 1];
-  STD_TORCH_CHECK(end <= total, name, ": ends at ", end, ", beyond the ", total,
-                  " rows of the tensor");
-  return ends;
-}
-
-// torch's rule: strides of dimensions of size 1 do not matter, empty tensors are contiguous.
-bool is_transposed_contiguous(const Tensor& t) {
-  const int64_t order[4] = {0, 2, 1, 3};
-  int64_t stride = 1;
-  for (int i = 3; i >= 0; --i) {
-    const int64_t size = t.size(order[i]);
-    if (size == 0) return true;
-    if (size != 1 && t.stride(order[i]) != stride) return false;
-    stride *= size;
-  }
-  return true;
-}
-
-}  // namespace
-
 HeadStrides head_strides(const char* name, const Tensor& t) {
   check_unit_stride(name, t);
   return {t.stride(0), t.stride(1), t.stride(2)};
@@ -161,8 +165,8 @@ AttentionProblem make_attention_problem(const Tensor& query, const Tensor& key, 
   p.query = query.const_data_ptr(), p.query_strides = head_strides("query", query);
   p.key = key.const_data_ptr(), p.key_strides = head_strides("key", key);
   p.value = value.const_data_ptr(), p.value_strides = head_strides("value", value);
-  set_options(p, query, alibi_slopes, sinks, rng_state, scale, softcap, window_left, window_right,
-              top_left, dropout_p);
+  set_attention_options(p, query, alibi_slopes, sinks, rng_state, scale, softcap, window_left,
+                        window_right, top_left, dropout_p);
   if (bias) {
     check_rank("bias", *bias, 4);
     const int64_t full[4] = {p.batch, p.heads, p.seqlen_q, p.seqlen_k};
@@ -215,8 +219,8 @@ AttentionProblem make_attention_varlen_problem(
   p.query = query.const_data_ptr(), p.query_strides = packed_strides("query", query);
   p.key = key.const_data_ptr(), p.key_strides = packed_strides("key", key);
   p.value = value.const_data_ptr(), p.value_strides = packed_strides("value", value);
-  set_options(p, query, alibi_slopes, sinks, rng_state, scale, softcap, window_left, window_right,
-              top_left, dropout_p);
+  set_attention_options(p, query, alibi_slopes, sinks, rng_state, scale, softcap, window_left,
+                        window_right, top_left, dropout_p);
   return p;
 }
 
@@ -266,6 +270,14 @@ std::tuple<Tensor, Tensor> attention_varlen(
   f.output = output.mutable_data_ptr(), f.output_strides = packed_strides("output", output);
   f.lse = static_cast<float*>(lse.mutable_data_ptr());
   f.lse_head_stride = total;
+  // Rows after the last sequence.
+  const int64_t used = f.p.cu_seqlens_q[f.p.batch], row = f.p.heads * f.p.head_dim_v;
+  std::memset(static_cast<char*>(f.output) + used * row * element_size(f.p.dtype), 0,
+              (total - used) * row * element_size(f.p.dtype));
+  for (int64_t h = 0; h < f.p.heads; ++h) {
+    std::fill(f.lse + h * total + used, f.lse + (h + 1) * total,
+              -std::numeric_limits<float>::infinity());
+  }
   run(f);
   return {output, lse};
 }

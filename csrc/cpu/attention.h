@@ -94,4 +94,35 @@ struct AttentionForward {
 
 PYOPS_ISA_KERNEL(void, attention_forward, (const AttentionForward&))
 
+// Attention of few queries to a cache whose keys may lie in pages. The queries have been rotated
+// and packed, the new keys and values are in the cache.
+struct AttentionDecode {
+  int64_t batch, heads, heads_kv, seqlen_q, head_dim, head_dim_v;
+  DType dtype;
+  const void* query;        // (batch, heads, seqlen_q, head_dim), contiguous
+  const void* key_cache;    // (batch or pages, heads_kv, page, head_dim)
+  const void* value_cache;  // (batch or pages, heads_kv, page, head_dim_v)
+  HeadStrides key_strides, value_strides;
+  const int64_t* seqlens;      // (batch,) keys of each sequence
+  const int32_t* block_table;  // (batch, most pages of a sequence), or null: sequence b is page b
+  int64_t block_table_stride, page;
+
+  const float* alibi_slopes;  // (heads,) or (batch, heads), or null
+  int64_t alibi_batch_stride;
+  const float* sinks;  // (heads,) or null
+  float scale, softcap;
+  int64_t window_left, window_right;
+
+  int64_t splits, split_keys;  // split i takes keys [i * split_keys, (i + 1) * split_keys)
+  int64_t partial_floats;      // attention_decode_partial_floats()
+  float* partial;              // (batch, heads_kv, splits, partial_floats)
+  void* output;                // (batch, heads, seqlen_q, head_dim_v)
+  HeadStrides output_strides;
+  float* lse;  // (batch, heads, seqlen_q)
+};
+
+// What one split's result takes, for the instruction set in use.
+PYOPS_ISA_KERNEL(int64_t, attention_decode_partial_floats, (const AttentionDecode&))
+PYOPS_ISA_KERNEL(void, attention_decode, (const AttentionDecode&))
+
 }  // namespace pyops::cpu

@@ -18,6 +18,11 @@ PYOPS_INLINE T* head_rows(void* data, const HeadStrides& s, int64_t b, int64_t h
   return static_cast<T*>(data) + b * s.batch + h * s.head + row * s.row;
 }
 
+// Products over head_dim are summed in pieces of so many words: one long sum has several times the
+// error. Scores as in forward, or exp(score - lse) would show the rounding of both; grad_output .
+// value in shorter ones, as its leading digits cancel against delta.
+constexpr int64_t kScoreWords = 128, kGradWords = 32;
+
 // Cuts a thread's scratch into 64-byte aligned arrays of floats.
 struct Carver {
   float* base;
@@ -233,11 +238,11 @@ struct Chunk {
     for (int v = begin; v < end;) {
       const int panel = v / kTileVecs, in_panel = v % kTileVecs;
       const int count_vecs = static_cast<int>(least(kTileVecs - in_panel, end - v));
-      products(w.query_rows + r * (d / kPack), d / kPack, p.head_dim,
+      products(w.query_rows + r * (d / kPack), d / kPack, p.head_dim, kScoreWords,
                w.key_transposed + panel * (kPanel * d / kPack) + in_panel * kLanes, count,
                count_vecs, t.scores + r * kScoreRow + v * kLanes);
       if (want_scores_grad) {
-        products(w.grad_rows + r * (dv / kPack), dv / kPack, p.head_dim_v,
+        products(w.grad_rows + r * (dv / kPack), dv / kPack, p.head_dim_v, kGradWords,
                  w.value_transposed + panel * (kPanel * dv / kPack) + in_panel * kLanes, count,
                  count_vecs, t.grads + r * kScoreRow + v * kLanes);
       }
@@ -252,10 +257,16 @@ struct Chunk {
     }
   }
 
-  static PYOPS_INLINE void products(const float* rows, int64_t row, int64_t columns,
+  // Sums run over pieces of at most `most` words.
+  static PYOPS_INLINE void products(const float* rows, int64_t row, int64_t columns, int64_t most,
                                     const float* panel, int count, int vecs, float* out) {
-    multiply<Words, false>(count, vecs, (columns + kPack - 1) / kPack, rows, row, 1, panel, kPanel,
-                           out, kScoreRow);
+    const int64_t words = (columns + kPack - 1) / kPack;
+    multiply<Words, false>(count, vecs, least(words, most), rows, row, 1, panel, kPanel, out,
+                           kScoreRow);
+    for (int64_t t = most; t < words; t += most) {
+      multiply<Words, true>(count, vecs, least(words - t, most), rows + t, row, 1,
+                            panel + t * kPanel, kPanel, out, kScoreRow);
+    }
   }
 
   // Rows r and r + 1 of scores and grads to bfloat16 pairs. A missing second row counts as zero.
@@ -303,8 +314,12 @@ void delta_block(const AttentionBackward& g, int64_t b, int64_t h, int64_t block
     const T* out = head_rows<T>(g.output, g.output_strides, b, h, seq.first_q + i);
     const T* grad = head_rows<T>(g.grad_output, g.grad_output_strides, b, h, seq.first_q + i);
     const int rows = static_cast<int>(least(kLanes, last - i));
-    Vec sum{};
+    Vec sum{}, piece{};
     for (int64_t c = 0; c < dim; c += kLanes * Words::kPack) {
+      if (c % (kGradWords * Words::kPack) == 0) {
+        sum += piece;
+        piece = Vec{};
+      }
       Vec outs[kLanes], grads[kLanes];
       for (int r = 0; r < kLanes; ++r) {
         outs[r] = r < rows ? load_words<Words>(out + r * g.output_strides.row + c, dim - c) : Vec{};
@@ -313,8 +328,9 @@ void delta_block(const AttentionBackward& g, int64_t b, int64_t h, int64_t block
       }
       transpose(outs);
       transpose(grads);
-      for (int w = 0; w < kLanes; ++w) sum = Words::multiply_add(grads[w], outs[w], sum);
+      for (int w = 0; w < kLanes; ++w) piece = Words::multiply_add(grads[w], outs[w], piece);
     }
+    sum += piece;
     for (int r = 0; r < rows; ++r) {
       float delta = sum[r];
       if (g.grad_lse) {

@@ -30,6 +30,13 @@ AttentionProblem make_attention_varlen_problem(
     const OptionalTensor& rng_state, double scale, double softcap, int64_t window_left,
     int64_t window_right, bool top_left, double dropout_p);
 
+// Part of both: what does not depend on the keys. Reads batch and heads.
+void set_attention_options(AttentionProblem& p, const Tensor& query,
+                           const OptionalTensor& alibi_slopes, const OptionalTensor& sinks,
+                           const OptionalTensor& rng_state, double scale, double softcap,
+                           int64_t window_left, int64_t window_right, bool top_left,
+                           double dropout_p);
+
 // Strides of a 4-D tensor (batch, heads, seqlen, dim); checks that the last one is 1.
 HeadStrides head_strides(const char* name, const Tensor& t);
 // Of a 3-D tensor (total, heads, dim) seen as (batch, heads, seqlen, dim).

@@ -203,12 +203,12 @@ void output_dims(const float* p, int64_t width, const char* v, int64_t v_row,
   output_rest<kPairs, Vectors>(p, width, v, v_row, range, alpha, first, o, dim);
 }
 
-// o = P V as it lies, (Rows, dim rounded up to whole vectors), for one vector of queries, one block
-// of keys and floats: fewer products than a tile where queries are fewer than lanes, and nothing
-// to transpose.
+// The same with o as it lies, (Rows, dim rounded up to whole vectors), for keys [begin, end), one
+// vector of queries, and floats: fewer products than a tile where queries are fewer than lanes,
+// and nothing to transpose. alpha: (Rows,).
 template <int Rows>
 void output_rows_of(const float* p, int64_t width, const float* v, int64_t v_row, int64_t begin,
-                    int64_t end, float* o, int64_t dim) {
+                    int64_t end, const float* alpha, bool first, float* o, int64_t dim) {
   const int64_t o_row = (dim + kLanes - 1) / kLanes * kLanes;
   for (int64_t d = 0; d < dim; d += kLanes) {
     const int count = static_cast<int>(dim - d < kLanes ? dim - d : kLanes);
@@ -219,16 +219,22 @@ void output_rows_of(const float* p, int64_t width, const float* v, int64_t v_row
       for (int r = 0; r < Rows; ++r) sum[r] = fma(splat(p[j * width + r]), value, sum[r]);
     }
 #pragma GCC unroll 16
-    for (int r = 0; r < Rows; ++r) store(o + r * o_row + d, sum[r]);
+    for (int r = 0; r < Rows; ++r) {
+      float* out = o + r * o_row + d;
+      store(out, first ? sum[r] : fma(load(out), splat(alpha[r]), sum[r]));
+    }
   }
 }
 template <int Rows = kLanes>
-PYOPS_INLINE void output_rows(const float* p, int64_t width, const float* v, int64_t v_row,
-                              const WordRange& range, float* o, int64_t dim, int rows) {
+PYOPS_INLINE void output_rows(int rows, const float* p, int64_t width, const float* v,
+                              int64_t v_row, int64_t begin, int64_t end, const float* alpha,
+                              bool first, float* o, int64_t dim) {
   if constexpr (Rows > 1) {
-    if (rows < Rows) return output_rows<Rows - 1>(p, width, v, v_row, range, o, dim, rows);
+    if (rows < Rows) {
+      return output_rows<Rows - 1>(rows, p, width, v, v_row, begin, end, alpha, first, o, dim);
+    }
   }
-  output_rows_of<Rows>(p, width, v, v_row, range.begin, range.end[0], o, dim);
+  output_rows_of<Rows>(p, width, v, v_row, begin, end, alpha, first, o, dim);
 }
 
 }  // namespace

@@ -111,7 +111,7 @@ def _attention(
     backend: str | None,
 ) -> tuple[Tensor, Tensor]:
     try:
-        facts = tuple(map(checks.facts, tensors))
+        facts = checks.facts(tensors, 3)
     except AttributeError:  # not all of them are tensors
         _check_tensors(*tensors)
         raise
@@ -122,7 +122,7 @@ def _attention(
         if bias is not None and bias.dtype != torch.float32:
             bias = registration.autocast_to(dtype, bias)
         tensors = (query, key, value, bias, alibi_slopes, sinks)
-        facts = tuple(map(checks.facts, tensors))
+        facts = checks.facts(tensors, 3)
     wanted = (
         *(query.requires_grad, key.requires_grad, value.requires_grad),
         bias is not None and bias.requires_grad,

@@ -17,11 +17,15 @@ MOST_HEAD_DIM = 256  # of the kernels; the reference takes any
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def facts(tensor: Tensor | None) -> tuple[Any, ...] | None:
-    """Everything of a tensor that checks and choices depend on."""
-    if tensor is None:
-        return None
-    return tensor.shape, tensor.dtype, tensor.device, tensor.layout
+def facts(tensors: tuple[Any, ...], required: int) -> tuple[Any, ...]:
+    """Everything of tensors that checks and choices depend on; AttributeError where one is something else.
+
+    Only those after the first `required` may be None.
+    """
+    return tuple(
+        None if t is None and i >= required else (t.shape, t.dtype, t.device, t.layout)
+        for i, t in enumerate(tensors)
+    )
 
 
 def check_tensors(**tensors: Tensor) -> None:
@@ -136,7 +140,7 @@ def make_spec(
     """The options, checked and normalised."""
     is_true_or_false("causal", causal)
     scale = head_dim**-0.5 if scale is None else number("scale", scale)
-    if not math.isfinite(scale):
+    if not -math.inf < scale < math.inf:
         raise ValueError(f"scale: expected a finite number, got {scale!r}")
     softcap = number("softcap", softcap)
     if not 0 <= softcap < math.inf:

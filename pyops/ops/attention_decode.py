@@ -84,7 +84,7 @@ def attention_decode(
     )
     options = (rotary_interleaved, causal, scale, window, softcap, num_splits, return_lse)
     try:
-        facts = tuple(map(checks.facts, tensors))
+        facts = checks.facts(tensors, 3)
     except AttributeError:  # not all of them are tensors
         _check_tensors(*tensors)
         raise
@@ -93,7 +93,7 @@ def attention_decode(
         for i in (0, 3, 4):
             if tensors[i] is not None:
                 tensors = (*tensors[:i], tensors[i].to(key_cache.dtype), *tensors[i + 1 :])
-        facts = tuple(map(checks.facts, tensors))
+        facts = checks.facts(tensors, 3)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         raise RuntimeError("query: attention_decode has no gradient; call it under torch.no_grad()")
     found = (facts, options, backend)

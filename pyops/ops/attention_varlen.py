@@ -60,7 +60,7 @@ def attention_varlen(
     options = (causal, scale, window, softcap, dropout_p, return_lse, deterministic)
     tensors = (query, key, value, cu_seqlens_q, cu_seqlens_k, alibi_slopes, sinks)
     try:
-        facts = tuple(map(checks.facts, tensors))
+        facts = checks.facts(tensors, 5)
     except AttributeError:  # not all of them are tensors
         _check_tensors(*tensors)
         raise
@@ -68,7 +68,7 @@ def attention_varlen(
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = (registration.autocast_to(dtype, t) for t in (query, key, value))
         tensors = (query, key, value, *tensors[3:])
-        facts = tuple(map(checks.facts, tensors))
+        facts = checks.facts(tensors, 5)
     slopes_grad = alibi_slopes is not None and alibi_slopes.requires_grad
     needs_grad = torch.is_grad_enabled() and (
         (query.requires_grad or key.requires_grad or value.requires_grad or slopes_grad)

@@ -99,9 +99,14 @@ def attention(
         probabilities = probabilities * keep.to(dtype) / (1 - spec.dropout_p)
     output = grouped(probabilities) @ value.to(dtype)
     output = output.reshape(batch, heads, seqlen_q, value.shape[3]).to(query.dtype)
+    return in_layout_of(query, output), lse
+
+
+def in_layout_of(query: Tensor, output: Tensor) -> Tensor:
+    """output, copied if need be, in the layout that the op gives it."""
     if lies_heads_inside(query):
-        output = output.transpose(1, 2).contiguous().transpose(1, 2)
-    return output, lse
+        return output.transpose(1, 2).contiguous().transpose(1, 2)
+    return output.contiguous()
 
 
 def softmax_with_lse(scores: Tensor, sinks: Tensor | None = None) -> tuple[Tensor, Tensor]:

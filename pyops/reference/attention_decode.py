@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .attention import AttentionSpec, attention
+from .attention import AttentionSpec, attention, in_layout_of
 
 
 def attention_decode(
@@ -60,7 +60,7 @@ def attention_decode(
         )
         outputs.append(output)
         lses.append(lse)
-    return torch.cat(outputs), torch.cat(lses)
+    return in_layout_of(query, torch.cat(outputs)), torch.cat(lses)
 
 
 class _Place:

@@ -39,6 +39,7 @@ class Compiled:
     matrix_instructions: int  # wgmma on 90, tcgen05 on 100, mma.sync on 80
     tensor_cores: bool  # any of those
     serialised: list[str]
+    boxes: bool  # whether it loads by TMA
 
 
 def meta(channels, out, size, taps=3, *, dtype=torch.bfloat16, padding=1, stride=1, **options):
@@ -190,6 +191,7 @@ def _compile(case: str, arch: int, kernel, config, bind) -> Compiled:
         tensor_cores=any(name in compiled.asm["ptx"] for name in instructions.values()),
         # C7510 to C7518 tell of serialised wgmma. C7519, an arrive that ptxas adds, costs nothing.
         serialised=re.findall(r"\(C75(?!19).*|.*Potential Performance Loss.*", log),
+        boxes="cp.async.bulk.tensor" in compiled.asm["ptx"],
     )
 
 
