@@ -111,13 +111,14 @@ def _split(
     return tuple([list(column) for column in zip(*cells, strict=True)])
 
 
-def _config(geometry: _Geometry, tensor: torch.Tensor) -> Config:
-    units = common.power_of_2(geometry.hidden, 16, 128)
-    # A step takes about as long for 32 sequences as for 16; more programs than fit at once do not.
-    few = triton.cdiv(geometry.batch, 16) * geometry.directions
-    sequences = 16 if few <= common.multiprocessors(tensor) else 32
-    warps = 8 if units == 128 else 4
-    return Config({"BLOCK_H": units, "BLOCK_B": sequences}, num_warps=warps, num_stages=1)
+# More than 16 sequences, the least that a product has, would spill.
+_SEQUENCES = 16
+
+
+def _config(hidden: int, precision: str) -> Config:
+    units = common.power_of_2(hidden, 16, 128)
+    warps = 8 if units == 128 or (units == 64 and precision == "tf32x3") else 4
+    return Config({"BLOCK_H": units, "BLOCK_B": _SEQUENCES}, num_warps=warps, num_stages=1)
 
 
 def _launch(kernel, geometry: _Geometry, tensor: torch.Tensor, arguments: dict) -> None:
@@ -136,7 +137,7 @@ def _launch(kernel, geometry: _Geometry, tensor: torch.Tensor, arguments: dict) 
         "PRECISION": _precision(tensor.dtype),
         "UPCAST": common.INTERPRET,
     }
-    config = _config(geometry, tensor)
+    config = _config(geometry.hidden, shared["PRECISION"])
 
     def bind(config: Config):
         grid = (triton.cdiv(geometry.batch, config["BLOCK_B"]), geometry.directions)
@@ -151,6 +152,11 @@ def _precision(dtype: torch.dtype) -> str:
     if dtype is not torch.float32 or common.INTERPRET:
         return "ieee"
     return "tf32" if torch.backends.cudnn.rnn.fp32_precision == "tf32" else "tf32x3"
+
+
+def _loads_ahead(tensor: torch.Tensor) -> bool:
+    """Whether the registers hold two steps' gates without spilling, as compiled for each architecture."""
+    return common.capability(tensor)[0] < 10 and _precision(tensor.dtype) != "tf32x3"
 
 
 def _product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -213,8 +219,11 @@ def forward(
                     "output": output,
                     "h_n": h_n[own],
                     "c_n": c_n[own],
-                    "activations": saved[5 * block * layer :] if save_for_backward else output,
+                    "activations": saved[5 * block * layer : 5 * block * (layer + 1)]
+                    if save_for_backward
+                    else output,
                     "SAVED": save_for_backward,
+                    "AHEAD": _loads_ahead(features),
                 },
             )
         features = output
@@ -264,7 +273,7 @@ def backward(
             "grad_output": grad_gates if above is None else above,
             "weight": torch.stack(w_hh),
             "c0": c0[own],
-            "activations": saved[5 * block * layer :],
+            "activations": saved[5 * block * layer : 5 * block * (layer + 1)],
             "grad_gates": grad_gates,
             "grad_h0": grad_h0[own],
             "grad_c0": grad_c0[own],

@@ -85,6 +85,7 @@ def lstm_forward_kernel(
     EXACT: tl.constexpr,
     PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
+    AHEAD: tl.constexpr,  # load the next step's gates during this one
     BLOCK_H: tl.constexpr,
     BLOCK_B: tl.constexpr,
 ):
@@ -113,20 +114,27 @@ def lstm_forward_kernel(
     if PACKED:
         steps = tl.load(lengths + batch, batch < B, 0)
 
-    t = tl.where(direction == 0, 0, T - 1)
-    rows = _rows(t, batch, offsets, stride_t, stride_b, PACKED) * DIRECTIONS + direction
-    active = mask & (t < steps)[None, :]
-    n_i, n_f, n_g, n_o = _load_gates(gates + rows[None, :] * (4 * H) + unit[:, None], active, H)
+    if AHEAD:
+        first = tl.where(direction == 0, 0, T - 1)
+        rows = _rows(first, batch, offsets, stride_t, stride_b, PACKED) * DIRECTIONS + direction
+        tile = gates + rows[None, :] * (4 * H) + unit[:, None]
+        n_i, n_f, n_g, n_o = _load_gates(tile, mask & (first < steps)[None, :], H)
     for step in range(T):
-        i, f, g, o = n_i, n_f, n_g, n_o
-        here, running = rows, active
-        if step + 1 < T:
-            # The next step's, on their way during this one.
-            t = tl.where(direction == 0, step + 1, T - 2 - step)
-            rows = _rows(t, batch, offsets, stride_t, stride_b, PACKED) * DIRECTIONS + direction
-            active = mask & (t < steps)[None, :]
-            next_gates = gates + rows[None, :] * (4 * H) + unit[:, None]
-            n_i, n_f, n_g, n_o = _load_gates(next_gates, active, H)
+        t = tl.where(direction == 0, step, T - 1 - step)
+        rows = _rows(t, batch, offsets, stride_t, stride_b, PACKED) * DIRECTIONS + direction
+        running = mask & (t < steps)[None, :]
+        if AHEAD:
+            i, f, g, o = n_i, n_f, n_g, n_o
+            if step + 1 < T:
+                # The next step's, on their way during this one.
+                t = tl.where(direction == 0, step + 1, T - 2 - step)
+                later = _rows(t, batch, offsets, stride_t, stride_b, PACKED)
+                later = later * DIRECTIONS + direction
+                tile = gates + later[None, :] * (4 * H) + unit[:, None]
+                n_i, n_f, n_g, n_o = _load_gates(tile, mask & (t < steps)[None, :], H)
+        else:
+            tile = gates + rows[None, :] * (4 * H) + unit[:, None]
+            i, f, g, o = _load_gates(tile, running, H)
 
         i = _sigmoid(_product(w_i, h, PRECISION, UPCAST) + i + b_i)
         f = _sigmoid(_product(w_f, h, PRECISION, UPCAST) + f + b_f)
@@ -134,9 +142,9 @@ def lstm_forward_kernel(
         o = _sigmoid(_product(w_o, h, PRECISION, UPCAST) + o + b_o)
         new_c = f * c + i * g
         new_h = (o * _tanh(new_c, EXACT)).to(h.dtype)
-        tl.store(output + here[None, :] * H + unit[:, None], new_h, running)
+        tl.store(output + rows[None, :] * H + unit[:, None], new_h, running)
         if SAVED:
-            kept = activations + here[None, :] * (5 * H) + unit[:, None]
+            kept = activations + rows[None, :] * (5 * H) + unit[:, None]
             tl.store(kept, i.to(h.dtype), running)
             tl.store(kept + H, f.to(h.dtype), running)
             tl.store(kept + 2 * H, g.to(h.dtype), running)

@@ -100,8 +100,7 @@ class Backward {
     plan_.layer = layer;
     plan_.in = layer ? hidden(layer - 1) : p.input;
     plan_.out = layer + 1 < p.layers ? hidden(layer) : p.output;
-    plan_.grad_out =
-        layer + 1 < p.layers ? rows_of(between_[layer % 2]) : plan_.g.grad_output;
+    plan_.grad_out = layer + 1 < p.layers ? rows_of(between_[layer % 2]) : plan_.g.grad_output;
     plan_.grad_in = layer ? rows_of(between_[(layer + 1) % 2]) : plan_.g.grad_input;
     plan_.in_columns = columns(plan_.in_features());
     const bool wants_input = layer > 0 || plan_.g.grad_input.data;

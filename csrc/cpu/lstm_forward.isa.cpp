@@ -53,14 +53,27 @@ void pack_block(const LstmPlan& plan, const T* weight, int64_t features, int64_t
   }
 }
 
+// Calls of memcpy cost more than these few bytes do.
+PYOPS_INLINE void copy_floats(const float* src, int64_t count, float* dst) {
+  for (; count >= 16; count -= 16, src += 16, dst += 16) std::memcpy(dst, src, 64);
+  if (count & 8) std::memcpy(dst, src, 32), src += 8, dst += 8;
+  if (count & 4) std::memcpy(dst, src, 16), src += 4, dst += 4;
+  for (int64_t i = 0; i < (count & 3); ++i) dst[i] = src[i];
+}
+
 // A row of features as words; an odd last bfloat16 gets a zero beside it.
 template <bool kPairs, class T>
 PYOPS_INLINE void copy_features(const T* src, int64_t features, char* dst) {
+  float* to = reinterpret_cast<float*>(dst);
   if constexpr (kPairs) {
-    std::memcpy(dst, src, features * 2);
-    if (features % 2) reinterpret_cast<T*>(dst)[features] = T{0};
+    copy_floats(reinterpret_cast<const float*>(src), features / 2, to);
+    if (features % 2) {
+      reinterpret_cast<T*>(dst)[features - 1] = src[features - 1];
+      reinterpret_cast<T*>(dst)[features] = T{0};
+    }
+  } else if constexpr (sizeof(T) == 4) {
+    copy_floats(src, features, to);
   } else {
-    float* to = reinterpret_cast<float*>(dst);
     int64_t i = 0;
     for (; i + kLanes <= features; i += kLanes) store(to + i, load(src + i));
     for (; i < features; ++i) to[i] = to_float(src[i]);
@@ -146,17 +159,33 @@ PYOPS_INLINE VecInt half_lanes(bool high) {
   return lanes;
 }
 
-template <class T, class Word>
+// All units of a block exist: whole vectors (or halves of one) instead of masks.
+template <bool kFull, bool kHalf, class T>
+PYOPS_INLINE void store_part(T* p, Vec v, int count) {
+  if (!kFull) return store_first(p, v, count);
+  if (!kHalf) return store(p, v);
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4) {
+    _mm256_storeu_ps(p, _mm512_castps512_ps256(v));
+    return;
+  }
+#endif
+  T all[kLanes];
+  store(all, v);
+  std::memcpy(p, all, kLanes / 2 * sizeof(T));
+}
+
+template <bool kFull, bool kHalf, class T, class Word>
 PYOPS_INLINE void store_units(const CellRow<T, Word>& to, int64_t H, const Gates& gates, Vec cell,
                               Vec hidden, int count) {
-  store_first(to.hidden, hidden, count);
-  store_first(to.output, hidden, count);
+  store_part<kFull, kHalf>(to.hidden, hidden, count);
+  store_part<kFull, kHalf>(to.output, hidden, count);
   if (to.saved) {
-    store_first(to.saved, gates.i, count);
-    store_first(to.saved + H, gates.f, count);
-    store_first(to.saved + 2 * H, gates.g, count);
-    store_first(to.saved + 3 * H, gates.o, count);
-    store_first(to.saved + 4 * H, cell, count);
+    store_part<kFull, kHalf>(to.saved, gates.i, count);
+    store_part<kFull, kHalf>(to.saved + H, gates.f, count);
+    store_part<kFull, kHalf>(to.saved + 2 * H, gates.g, count);
+    store_part<kFull, kHalf>(to.saved + 3 * H, gates.o, count);
+    store_part<kFull, kHalf>(to.saved + 4 * H, cell, count);
   }
 }
 
@@ -189,7 +218,7 @@ PYOPS_INLINE CellRow<T, Word> cell_row(const CellBlock& c, int64_t row) {
           c.saved ? static_cast<T*>(c.saved) + row * 5 * c.H : nullptr};
 }
 
-template <class T, class Word>
+template <bool kFull, class T, class Word>
 void cell_wide(const CellBlock& c) {
   constexpr bool kShort = sizeof(Word) == 2;
   for (int64_t row = 0; row < c.rows; ++row) {
@@ -199,12 +228,12 @@ void cell_wide(const CellBlock& c) {
     Vec cell = load(to.cell);
     const Vec hidden = update_cell<kShort>(&gates, &cell);
     store(to.cell, cell);
-    store_units(to, c.H, gates, cell, hidden, c.count);
+    store_units<kFull, false>(to, c.H, gates, cell, hidden, c.count);
   }
 }
 
 // A block of half a vector of units: two rows share a vector.
-template <class T, class Word>
+template <bool kFull, class T, class Word>
 void cell_narrow(const CellBlock& c) {
   constexpr bool kShort = sizeof(Word) == 2;
   constexpr int kHalf = kLanes / 2;
@@ -218,16 +247,22 @@ void cell_narrow(const CellBlock& c) {
     const CellRow<T, Word> to = cell_row<T, Word>(c, row), to_other = cell_row<T, Word>(c, other);
     Vec cell = __builtin_shuffle(load_first(to.cell, kHalf), load_first(to_other.cell, kHalf), low);
     Vec hidden = update_cell<kShort>(&gates, &cell);
-    store_first(to.cell, cell, kHalf);
-    store_units(to, c.H, gates, cell, hidden, c.count);
+    store_part<true, true>(to.cell, cell, kHalf);
+    store_units<kFull, true>(to, c.H, gates, cell, hidden, c.count);
     if (other == row) continue;
     const auto upper = [&](Vec v) { return __builtin_shuffle(v, v, high); };
     gates = {upper(gates.i), upper(gates.f), upper(gates.g), upper(gates.o)};
     cell = upper(cell);
     hidden = upper(hidden);
-    store_first(to_other.cell, cell, kHalf);
-    store_units(to_other, c.H, gates, cell, hidden, c.count);
+    store_part<true, true>(to_other.cell, cell, kHalf);
+    store_units<kFull, true>(to_other, c.H, gates, cell, hidden, c.count);
   }
+}
+
+template <class T, class Word>
+PYOPS_INLINE void update_cells(const CellBlock& c, bool wide, bool full) {
+  if (wide) return full ? cell_wide<true, T, Word>(c) : cell_wide<false, T, Word>(c);
+  full ? cell_narrow<true, T, Word>(c) : cell_narrow<false, T, Word>(c);
 }
 
 // ---- a chain
@@ -336,7 +371,7 @@ void run(const LstmPlan& plan, const LstmChain& chain, int64_t begin, int64_t en
           c.saved = static_cast<T*>(p.saved) + p.saved_gates(index) +
                     (p.first_row(t) + chain.row_begin + row) * 5 * H + first;
         }
-        plan.vectors == 4 ? cell_wide<T, Word>(c) : cell_narrow<T, Word>(c);
+        update_cells<T, Word>(c, plan.vectors == 4, c.count == plan.units);
       }
     }
     projected_row += rows;

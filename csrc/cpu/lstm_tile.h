@@ -116,12 +116,25 @@ void multiply_rows(Product p, int64_t rows) {
   }
 }
 
+// Words summed in registers before they are added to the sum in memory: bounds the rounding error
+// of long sums.
+constexpr int64_t kWordsPerSum = 512;
+
 // Any number of rows, `vectors` (1, 2 or 4) wide.
 template <bool kPairs>
-void multiply(const Product& p, int64_t rows, int64_t vectors) {
-  if (vectors == 4) return multiply_rows<kPairs, 4>(p, rows);
-  if (vectors == 2) return multiply_rows<kPairs, 2>(p, rows);
-  multiply_rows<kPairs, 1>(p, rows);
+void multiply(Product p, int64_t rows, int64_t vectors) {
+  for (int64_t left = p.words; left > 0; left -= kWordsPerSum, p.add = true) {
+    p.words = min(left, kWordsPerSum);
+    if (vectors == 4) {
+      multiply_rows<kPairs, 4>(p, rows);
+    } else if (vectors == 2) {
+      multiply_rows<kPairs, 2>(p, rows);
+    } else {
+      multiply_rows<kPairs, 1>(p, rows);
+    }
+    p.a += p.words * p.word_bytes;
+    p.w += p.words * p.w_stride;
+  }
 }
 
 }  // namespace

@@ -211,7 +211,7 @@ def test_calls_that_run_as_written(model, called):
         model(X.double())
     with pytest.raises(TypeError):
         model.lstm()
-    traced = torch.jit.trace(model, (X,))
+    traced = torch.jit.trace(model, (X,), check_trace=False)
     assert "aten::lstm" in str(traced.inlined_graph)
     parametrizations.weight_norm(model.lstm, "weight_hh_l0")
     parametrizations.weight_norm(want.lstm, "weight_hh_l0")
@@ -225,14 +225,14 @@ def test_autocast(model, called):
     with torch.autocast("cpu", torch.bfloat16):
         got, plain = model(X, HX)[0], want(X, HX)[0]
     assert got.dtype == plain.dtype == torch.bfloat16 and len(called) == 1
-    torch.testing.assert_close(got, plain)
+    exact, _ = want.double()(X.double(), tuple(s.double() for s in HX))
+    assert_within_budget(got, plain, exact)
 
 
 @pytest.mark.parametrize("allow", [False, True], ids=["default", "allow_rnn"])
-def test_compile(model, allow, monkeypatch):
-    """dynamo breaks its graph at any nn.LSTM unless told otherwise; then the op is in the graph."""
+def test_compile(model, allow):
+    """The op is in a graph; in the model's own only where dynamo is told to enter an nn.LSTM."""
     torch._dynamo.reset()
-    monkeypatch.setattr(torch._dynamo.config, "allow_rnn", allow)
     want = model(X)
     pyops.optimize(model)
     graphs = []
@@ -241,9 +241,11 @@ def test_compile(model, allow, monkeypatch):
         graphs.append(graph.code)
         return graph
 
-    compiled = torch.compile(model, backend=recorder, fullgraph=allow)
-    torch.testing.assert_close(compiled(X), want)
-    assert any("pyops.lstm" in code for code in graphs) == allow
+    with torch._dynamo.config.patch(allow_rnn=allow):
+        compiled = torch.compile(model, backend=recorder, fullgraph=allow)
+        torch.testing.assert_close(compiled(X), want)
+    (code,) = [code for code in graphs if "pyops.lstm" in code]
+    assert ("linear" in code) == allow
 
 
 @pytest.mark.parametrize("strict", [True, False], ids=["strict", "non-strict"])
