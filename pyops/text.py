@@ -40,7 +40,7 @@ class TextDataset:
     vocabulary: int
 
 
-def load_docstrings(per_library: int = 500, steps: int = 40, words: int = 4000) -> TextDataset:
+def load_docstrings(per_library: int = 1200, steps: int = 40, words: int = 6000) -> TextDataset:
     """Docstrings of Python's standard library, NumPy, PyTorch and scikit-learn; the label is which.
 
     The first `steps` words of each, without the libraries' names; those that occur most are tokens. The split

@@ -203,7 +203,9 @@ def few_digits(monkeypatch):
 
 def test_demo_writes_plot_and_summary(few_digits, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(demo, "ACCURACY_GOAL", 0.01)  # two epochs are about speed, not about skill
-    code = cli.main(["demo", "--epochs", "2", "--models", "--out", str(tmp_path / "out")])
+    code = cli.main(
+        ["demo", "--epochs", "2", "--families", "--models", "--out", str(tmp_path / "out")]
+    )
     text = capsys.readouterr().out
     assert code == 0, text
     assert (tmp_path / "out" / "demo.png").read_bytes().startswith(b"\x89PNG")
@@ -216,8 +218,30 @@ def test_demo_writes_plot_and_summary(few_digits, tmp_path, capsys, monkeypatch)
     assert any(name.startswith("gradient") for name in summary["agreement"])
 
 
+def test_demo_trains_every_family(monkeypatch):
+    """One epoch each, of the smallest kind: the losses agree, the figures are judged."""
+    from pyops.commands import demo_families
+    from pyops.training import gan, lstm, transformer
+
+    monkeypatch.setattr(transformer, "STEPS_PER_EPOCH", 6)
+    monkeypatch.setattr(gan.Trainer, "evaluate", lambda self: {"sample accuracy": 0.2})
+    few = load_digits()
+    few = Dataset(*(t[:160] for t in vars(few).values()))
+    monkeypatch.setattr(gan, "load_digits", lambda size: few)
+    monkeypatch.setattr(lstm, "load_digits", lambda size: few)
+    rows = [demo_families.train(name, seed=0, epochs=1) for name in demo_families.FAMILIES]
+    found = demo_families.checks(rows)
+    agreed = [passed for name, passed in found.items() if "losses" in name]
+    assert agreed == [True] * 3, rows
+    goals = [passed for name, passed in found.items() if "losses" not in name]
+    assert goals == [False] * 6  # nothing is learned in so few steps, and that shows
+    assert "transformer lm" in demo_families.render(rows)
+
+
 def test_demo_fails_below_the_accuracy_goal(few_digits, tmp_path, capsys):
-    assert cli.main(["demo", "--epochs", "1", "--models", "--out", str(tmp_path)]) == 1
+    assert (
+        cli.main(["demo", "--epochs", "1", "--families", "--models", "--out", str(tmp_path)]) == 1
+    )
     assert "FAILED: accuracy" in capsys.readouterr().out
 
 
