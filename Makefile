@@ -7,6 +7,7 @@ TORCH ?= torch==2.13.0
 TRITON ?= triton==3.6.0
 OUT ?= build/results
 BUDGET ?= 480
+BENCHES ?= conv_relu_pool attention lstm conv_transpose_act
 
 SOURCES := setup.py $(shell find csrc -type f 2>/dev/null)
 MODULES := pyproject.toml $(shell find pyops triton_kernels -name '*.py' 2>/dev/null)
@@ -32,7 +33,7 @@ test: $(READY)
 	$(RUN) -m pytest -q
 
 bench: $(READY)
-	$(RUN) -m pyops bench conv_relu_pool --backward both --out $(OUT)
+	@status=0; for op in $(BENCHES); do $(RUN) -m pyops bench $$op --backward both --out $(OUT) || status=1; done; exit $$status
 
 build: $(READY)
 
@@ -42,7 +43,9 @@ gpu-test: $(READY)
 	$(RUN) -m pytest -q -m gpu --junitxml=$(OUT)/gpu-test.xml
 
 gpu-bench: $(READY)
-	$(RUN) -m pyops bench conv_relu_pool --device cuda --backward both --out $(OUT) --budget $(BUDGET)
+	@status=0; for op in $(BENCHES); do \
+	  $(RUN) -m pyops bench $$op --device cuda --backward both --out $(OUT) --budget $$(($(BUDGET) / $(words $(BENCHES)))) || status=1; \
+	done; exit $$status
 
 lint: $(VENV)/.packages
 	$(PY) -m ruff check .
