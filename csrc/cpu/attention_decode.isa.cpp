@@ -9,12 +9,13 @@
 namespace pyops::cpu::PYOPS_ISA {
 namespace {
 
-constexpr int64_t kBlockKeys = 128;
+constexpr int64_t kBlockKeys = kDotKeys;
 
 // Up to kLanes rows; a row is a query head of the group and a query.
 struct Rows {
   int count;
-  const float* query;       // (words, kLanes)
+  bool dots;                // see score_dots
+  const float* query;       // (words, kLanes), or with dots (count, head_dim)
   float *most, *sum, *out;  // (kLanes,), (kLanes,), (kLanes, head_dim_v rounded up)
   Vec slope;                // of ALiBi
   VecInt diagonal;
@@ -66,11 +67,38 @@ void finish(const AttentionDecode& d, const Rows& rows, int64_t key, int64_t cou
   }
 }
 
+// Adds `count` keys from `key` on, given q . k, where scores need only scale and window. s:
+// (rows.count, kDotKeys).
+void add_dots(const AttentionDecode& d, Rows& rows, int64_t key, int64_t count, const float* v,
+              int64_t v_row, bool first, float* s) {
+  float alpha[kDotQueries];
+  for (int r = 0; r < rows.count; ++r) {
+    float* row = s + r * kDotKeys;
+    for (int64_t j = 0; j < count; j += kLanes) store(row + j, load(row + j) * d.scale);
+    const int64_t diagonal = rows.diagonal[r] - key;
+    int64_t begin = 0, end = count;
+    if (d.window_right >= 0) end = max(0, min(end, diagonal + d.window_right + 1));
+    if (d.window_left >= 0) begin = max(0, min(end, diagonal - d.window_left));
+    softmax_dots(row, begin, end, count, kLog2e, rows.most + r, rows.sum + r, alpha + r);
+  }
+  output_rows<kDotQueries>(rows.count, s, 1, kDotKeys, v, v_row, 0, count, alpha, first, rows.out,
+                           d.head_dim_v);
+}
+
 // Adds `count` keys from `key` on. k, v: rows of words and of floats; s: (kBlockKeys, kLanes).
 template <bool kPairs>
 void add_keys(const AttentionDecode& d, Rows& rows, int64_t key, int64_t count, int64_t seqlen_k,
               const char* k, int64_t k_row, const float* v, int64_t v_row, bool first, float* s) {
-  score_keys<kPairs, 1>(rows.query, kLanes, k, k_row, d.head_dim, s, count);
+  if (rows.dots) {
+    alignas(64) float dots[kDotQueries * kDotKeys];
+    score_dots(rows.query, rows.count, k, k_row, d.head_dim, dots, count);
+    if (!(d.softcap > 0) && !d.alibi_slopes) {
+      return add_dots(d, rows, key, count, v, v_row, first, dots);
+    }
+    spread_dots(dots, rows.count, count, s);
+  } else {
+    score_keys<kPairs, 1>(rows.query, kLanes, k, k_row, d.head_dim, s, count);
+  }
   finish(d, rows, key, count, seqlen_k, s);
   const Vec hidden = splat(-kInfinity), to_log2 = splat(kLog2e);
   const int64_t padded = round_up(count, kQuad);
@@ -84,7 +112,7 @@ void add_keys(const AttentionDecode& d, Rows& rows, int64_t key, int64_t count, 
   store(rows.sum, fma(load(rows.sum), rescale, sum));
   alignas(64) float alpha[kLanes];
   store(alpha, rescale);
-  output_rows(rows.count, s, kLanes, v, v_row, 0, count, alpha, first, rows.out, d.head_dim_v);
+  output_rows(rows.count, s, kLanes, 1, v, v_row, 0, count, alpha, first, rows.out, d.head_dim_v);
 }
 
 template <class T, bool kPairs>
@@ -111,8 +139,13 @@ void run_split(const AttentionDecode& d, int64_t task) {
   for (int64_t c = 0; c < chunks; ++c) {
     Rows& r = rows[c] = place_rows(d, b, head_kv, c, partial);
     float* const packed = queries + c * words * kLanes;
-    pack_query<T, kPairs>(query + c * kLanes * d.head_dim, d.head_dim, r.count, d.head_dim, packed,
-                          kLanes);
+    const T* first = query + c * kLanes * d.head_dim;
+    r.dots = !kPairs && r.count <= kDotQueries;
+    if (r.dots) {
+      convert_rows(first, d.head_dim, r.count, d.head_dim, packed);
+    } else {
+      pack_query<T, kPairs>(first, d.head_dim, r.count, d.head_dim, packed, kLanes);
+    }
     r.query = packed;
     store(r.most, splat(-kInfinity));
     store(r.sum, Vec{});

@@ -30,6 +30,7 @@ struct Unit {
   int64_t begin, end;  // keys that any of its rows sees; begin % kQuad == 0
   bool first;          // no block has been added yet
   bool by_rows;        // see output_rows
+  bool dots;           // see score_dots; q is (rows, head_dim)
   float *q, *o;        // (words, width), (head_dim_v, width)
   float *most, *sum;   // (width,): running maximum of the scores, sum of exp(score - most)
 };
@@ -59,6 +60,26 @@ void output_vectors(int64_t vectors, const float* p, int64_t width, const char* 
   output_dims<kPairs, Vectors>(p, width, v, v_row, range, alpha, first, o, dim);
 }
 
+// Adds keys [begin, end), which k and v begin at, to a unit of dots whose scores need nothing but
+// the window.
+inline void add_dots(const Plan& plan, const AttentionSequence& sequence, Unit& u, int64_t begin,
+                     int64_t end, const char* k, int64_t k_row, const float* v, int64_t v_row) {
+  const AttentionProblem& p = plan.f.p;
+  alignas(64) float s[kDotQueries * kDotKeys];
+  float alpha[kDotQueries];
+  const int64_t count = end - begin;
+  score_dots(u.q, u.rows, k, k_row, p.head_dim, s, count);
+  for (int64_t r = 0; r < u.rows; ++r) {
+    const int64_t seen_end = max(0, min(count, end_visible(p, sequence, u.row + r) - begin));
+    const int64_t seen = max(0, min(seen_end, first_visible(p, sequence, u.row + r) - begin));
+    softmax_dots(s + r * kDotKeys, seen, seen_end, count, plan.to_log2, u.most + r, u.sum + r,
+                 alpha + r);
+  }
+  output_rows<kDotQueries>(static_cast<int>(u.rows), s, 1, kDotKeys, v, v_row, 0, count, alpha,
+                           u.first, u.o, p.head_dim_v);
+  u.first = false;
+}
+
 // Adds keys [from, to) to the unit. k, v: row 0 is key `from`; v holds words. s: (block_keys,
 // width).
 template <bool kPairs>
@@ -70,6 +91,12 @@ void add_block(const Plan& plan, const AttentionSequence& sequence, int64_t b, U
   if (key_begin >= key_end) return;
   float* s = scores - from * u.width;  // row j is key j
 
+  if constexpr (!kPairs) {
+    if (u.dots && !plan.finish && !p.dropout) {
+      return add_dots(plan, sequence, u, key_begin, key_end, k + (key_begin - from) * k_row, k_row,
+                      reinterpret_cast<const float*>(v + (key_begin - from) * v_row), v_row / 4);
+    }
+  }
   int64_t begin[kBlockVectors], end[kBlockVectors];  // what each vector sees
   for (int64_t i = 0; i < u.vectors; ++i) {
     const int64_t row = u.row + i * kLanes, last = min(row + kLanes, u.row + u.rows) - 1;
@@ -77,7 +104,13 @@ void add_block(const Plan& plan, const AttentionSequence& sequence, int64_t b, U
     begin[i] = min(end[i], max(key_begin, round_down(first_visible(p, sequence, row), kQuad)));
   }
 
-  for (int64_t j = key_begin; j < key_end;) {
+  if (u.dots) {
+    alignas(64) float dots[kDotQueries * kDotKeys];
+    score_dots(u.q, u.rows, k + (key_begin - from) * k_row, k_row, p.head_dim, dots,
+               key_end - key_begin);
+    spread_dots(dots, u.rows, key_end - key_begin, s + key_begin * u.width);
+  }
+  for (int64_t j = u.dots ? key_end : key_begin; j < key_end;) {
     int64_t low = 0, high = u.vectors, next = key_end;
     while (low < u.vectors && end[low] <= j) ++low;
     while (high > low && begin[high - 1] > j) --high;
@@ -126,7 +159,7 @@ void add_block(const Plan& plan, const AttentionSequence& sequence, int64_t b, U
     store(alpha + i * kLanes, rescale);
   }
   if (u.by_rows) {
-    output_rows(static_cast<int>(u.rows), scores, u.width, reinterpret_cast<const float*>(v),
+    output_rows(static_cast<int>(u.rows), scores, u.width, 1, reinterpret_cast<const float*>(v),
                 v_row / 4, range.begin, range.end[0], alpha, u.first, u.o, p.head_dim_v);
   } else {
     output_vectors<kPairs>(u.vectors, scores, u.width, v, v_row, range, alpha, u.first, u.o,
@@ -237,6 +270,7 @@ void run_task(const Plan& plan, int64_t task) {
     u.first = true;
     u.by_rows =
         !kPairs && u.vectors == 1 && u.rows * ceil_div(p.head_dim_v, kLanes) <= p.head_dim_v;
+    u.dots = u.by_rows && u.rows <= kDotQueries;
     u.most = memory, u.sum = u.most + kWidth, u.q = u.sum + kWidth;
     u.o = u.q + plan.words * kWidth;
     memory += unit_floats;
@@ -245,8 +279,12 @@ void run_task(const Plan& plan, int64_t task) {
       store(u.sum + v * kLanes, splat(p.sinks ? 1.0f : 0.0f));
     }
     if (u.begin >= u.end) continue;
-    pack_query<T, kPairs>(query_of<T>(p, sequence, b, u), p.query_strides.row, u.rows, p.head_dim,
-                          u.q, u.width);
+    const T* query = query_of<T>(p, sequence, b, u);
+    if (u.dots) {
+      convert_rows(query, p.query_strides.row, u.rows, p.head_dim, u.q);
+    } else {
+      pack_query<T, kPairs>(query, p.query_strides.row, u.rows, p.head_dim, u.q, u.width);
+    }
   }
 
   const T* key = static_cast<const T*>(p.key) + b * p.key_strides.batch +
@@ -294,7 +332,7 @@ void run(Plan plan) {
   const AttentionProblem& p = plan.f.p;
   const int64_t units = plan.blocks * plan.group, heads = p.batch * p.heads_kv;
   plan.words = ceil_div(p.head_dim, kPairs ? 2 : 1);
-  plan.block_keys = kPairs ? 256 : 128;
+  plan.block_keys = kPairs ? 256 : kDotKeys;
   plan.convert = !kPairs && sizeof(T) < sizeof(float);
   // Converted keys and values serve several units, unless that leaves threads idle.
   const int64_t threads = num_threads();

@@ -203,38 +203,67 @@ void output_dims(const float* p, int64_t width, const char* v, int64_t v_row,
   output_rest<kPairs, Vectors>(p, width, v, v_row, range, alpha, first, o, dim);
 }
 
-// The same with o as it lies, (Rows, dim rounded up to whole vectors), for keys [begin, end), one
-// vector of queries, and floats: fewer products than a tile where queries are fewer than lanes,
-// and nothing to transpose. alpha: (Rows,).
-template <int Rows>
-void output_rows_of(const float* p, int64_t width, const float* v, int64_t v_row, int64_t begin,
-                    int64_t end, const float* alpha, bool first, float* o, int64_t dim) {
-  const int64_t o_row = (dim + kLanes - 1) / kLanes * kLanes;
-  for (int64_t d = 0; d < dim; d += kLanes) {
-    const int count = static_cast<int>(dim - d < kLanes ? dim - d : kLanes);
-    Vec sum[Rows] = {};
-    for (int64_t j = begin; j < end; ++j) {
-      const Vec value = load_first(v + j * v_row + d, count);
-#pragma GCC unroll 16
-      for (int r = 0; r < Rows; ++r) sum[r] = fma(splat(p[j * width + r]), value, sum[r]);
+// The same with o as it lies, (Rows, dim rounded up to whole vectors), for keys [begin, end), few
+// queries, and floats: fewer products than a tile where queries are fewer than lanes, and nothing
+// to transpose. Key j's weight for query r is p[j * p_key + r * p_row]. alpha: (Rows,).
+template <int Rows, int Parts>
+PYOPS_INLINE void output_parts(const float* p, int64_t p_key, int64_t p_row, const float* v,
+                               int64_t v_row, int64_t begin, int64_t end, const float* alpha,
+                               bool first, float* o, int64_t o_row, int count) {
+  Vec sum[Rows][Parts] = {};
+  for (int64_t j = begin; j < end; ++j) {
+    Vec value[Parts];
+#pragma GCC unroll 4
+    for (int i = 0; i < Parts; ++i) {
+      const float* part = v + j * v_row + i * kLanes;
+      value[i] = Parts > 1 ? load(part) : load_first(part, count);
     }
 #pragma GCC unroll 16
     for (int r = 0; r < Rows; ++r) {
-      float* out = o + r * o_row + d;
-      store(out, first ? sum[r] : fma(load(out), splat(alpha[r]), sum[r]));
+      const Vec weight = splat(p[j * p_key + r * p_row]);
+#pragma GCC unroll 4
+      for (int i = 0; i < Parts; ++i) sum[r][i] = fma(weight, value[i], sum[r][i]);
+    }
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < Rows; ++r) {
+#pragma GCC unroll 4
+    for (int i = 0; i < Parts; ++i) {
+      float* out = o + r * o_row + i * kLanes;
+      store(out, first ? sum[r][i] : fma(load(out), splat(alpha[r]), sum[r][i]));
     }
   }
 }
-template <int Rows = kLanes>
-PYOPS_INLINE void output_rows(int rows, const float* p, int64_t width, const float* v,
-                              int64_t v_row, int64_t begin, int64_t end, const float* alpha,
-                              bool first, float* o, int64_t dim) {
-  if constexpr (Rows > 1) {
-    if (rows < Rows) {
-      return output_rows<Rows - 1>(rows, p, width, v, v_row, begin, end, alpha, first, o, dim);
+template <int Rows>
+void output_rows_of(const float* p, int64_t p_key, int64_t p_row, const float* v, int64_t v_row,
+                    int64_t begin, int64_t end, const float* alpha, bool first, float* o,
+                    int64_t dim) {
+  constexpr int kParts = Rows < 4 ? 4 : 1;  // enough sums to hide their latency
+  const int64_t o_row = (dim + kLanes - 1) / kLanes * kLanes;
+  int64_t d = 0;
+  if constexpr (kParts > 1) {
+    for (; d + kParts * kLanes <= dim; d += kParts * kLanes) {
+      output_parts<Rows, kParts>(p, p_key, p_row, v + d, v_row, begin, end, alpha, first, o + d,
+                                 o_row, kLanes);
     }
   }
-  output_rows_of<Rows>(p, width, v, v_row, begin, end, alpha, first, o, dim);
+  for (; d < dim; d += kLanes) {
+    const int count = static_cast<int>(dim - d < kLanes ? dim - d : kLanes);
+    output_parts<Rows, 1>(p, p_key, p_row, v + d, v_row, begin, end, alpha, first, o + d, o_row,
+                          count);
+  }
+}
+template <int Rows = kLanes>
+PYOPS_INLINE void output_rows(int rows, const float* p, int64_t p_key, int64_t p_row,
+                              const float* v, int64_t v_row, int64_t begin, int64_t end,
+                              const float* alpha, bool first, float* o, int64_t dim) {
+  if constexpr (Rows > 1) {
+    if (rows < Rows) {
+      return output_rows<Rows - 1>(rows, p, p_key, p_row, v, v_row, begin, end, alpha, first, o,
+                                   dim);
+    }
+  }
+  output_rows_of<Rows>(p, p_key, p_row, v, v_row, begin, end, alpha, first, o, dim);
 }
 
 }  // namespace

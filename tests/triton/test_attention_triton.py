@@ -137,6 +137,8 @@ VARLEN = {
     "causal-groups": (Case((1, 1), heads=(4, 2), window=CAUSAL, dtype=BF16), [(34, 20), (9, 50)]),
     "window-sinks": (Case((1, 1), window=(9, 2), sinks=True), [(40, 40), (20, 35)]),
     "odd": (Case((1, 1), head_dims=(13, 7), alibi=2, softcap=3.0), [(20, 30), (33, 5)]),
+    # Longer than what the rows that backward prepares are padded to.
+    "long": (Case((1, 1), heads=(1, 1)), [(140, 5), (150, 6)]),
     "dropout": (Case((1, 1), dropout_p=0.4), [(20, 30), (33, 5)]),
 }
 
