@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._C._functorch import TransformType, get_interpreter_stack
+from torch._C._functorch import get_interpreter_stack
 
 from .. import backends
 from ..reference import conv_relu_pool as reference
@@ -109,7 +109,7 @@ def conv_relu_pool2d(
     if plan.extra_padding is not None:
         input = F.pad(input, plan.extra_padding)
     use, flat = plan.backend, plan.flat
-    if not compiling and use != "reference" and _needs_plain_torch():
+    if not compiling and use != "reference" and registration.needs_plain_torch():
         if backend is not None:
             raise RuntimeError(
                 f"backend: {backend} has no forward-mode or torch.func derivatives; use backend=None"
@@ -141,14 +141,6 @@ def _check_tensors(input: Any, weight: Any, bias: Any) -> None:
     if bias is not None:
         arguments.floating_tensor("bias", bias)
         arguments.like("bias", bias, "input", input)
-
-
-def _needs_plain_torch() -> bool:
-    """Inside jvp, grad, ... of torch.func or forward-mode AD only plain torch has the derivatives."""
-    if torch.autograd.forward_ad._current_level >= 0:
-        return True
-    stack = get_interpreter_stack()
-    return stack is not None and any(i.key() != TransformType.Vmap for i in stack)
 
 
 class _Plan(NamedTuple):

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._C._functorch import TransformType, get_interpreter_stack
+from torch._C._functorch import get_interpreter_stack
 
 from .. import backends
 from ..reference import conv_transpose_act as reference
@@ -98,7 +98,7 @@ def conv_transpose2d_act(
             plan = _plan(facts, options, tensors)
             _remember((facts, options), plan)
     use, spec, needs_grad = plan
-    if not compiling and use != "reference" and _needs_plain_torch():
+    if not compiling and use != "reference" and registration.needs_plain_torch():
         if backend is not None:
             raise RuntimeError(
                 f"backend: {backend} has no forward-mode or torch.func derivatives; use backend=None"
@@ -128,14 +128,6 @@ def _check_tensors(tensors: tuple[Any, ...]) -> None:
         if vector is not None:
             arguments.floating_tensor(name, vector)
             arguments.like(name, vector, "input", input)
-
-
-def _needs_plain_torch() -> bool:
-    """Inside jvp, grad, ... of torch.func or forward-mode AD only plain torch has the derivatives."""
-    if torch.autograd.forward_ad._current_level >= 0:
-        return True
-    stack = get_interpreter_stack()
-    return stack is not None and any(i.key() != TransformType.Vmap for i in stack)
 
 
 class _Plan(NamedTuple):

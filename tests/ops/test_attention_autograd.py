@@ -21,7 +21,7 @@ OPTIONS = {
     "causal, more queries than keys": {"causal": True, "seqlen_q": 6, "seqlen_k": 3},
     "window": {"window": (1, 1)},
     "softcap": {"softcap": 1.5, "scale": 0.9},
-    "alibi": {"alibi_slopes": torch.tensor([0.3, 0.1, 0.2, 0.5])},
+    "alibi": {"alibi_slopes": torch.tensor([0.3, 0.1])},
     "boolean mask": {"bias": randn(2, 1, 4, 5) > -0.5},
     "dropout": {"dropout_p": 0.4},
     "everything": {"causal": True, "window": (2, None), "softcap": 2.0, "dropout_p": 0.25},
@@ -32,10 +32,10 @@ EACH = pytest.mark.parametrize("name", OPTIONS)
 def double_leaves(name):
     options = dict(OPTIONS[name])
     size = options.pop("seqlen_q", 4), options.pop("seqlen_k", 5)
-    q, k, v = (t.double() for t in make_qkv(2, 4, *size, 3, heads_kv=2, v_head_dim=2))
-    tensors = [q, k, v, randn(4).double()]
+    q, k, v = (t.double() for t in make_qkv(2, 2, *size, 3, heads_kv=1, v_head_dim=2))
+    tensors = [q, k, v, randn(2).double()]
     if "bias" not in options:
-        tensors.append(randn(1, 4, 1, size[1]).double())
+        tensors.append(randn(1, 2, 1, size[1]).double())
     return [t.requires_grad_() for t in tensors], options
 
 
@@ -63,7 +63,7 @@ def test_gradcheck(name):
 @EACH
 def test_gradgradcheck(name):
     leaves, options = double_leaves(name)
-    assert torch.autograd.gradgradcheck(op(options), leaves)
+    assert torch.autograd.gradgradcheck(op(options), leaves, fast_mode=True)
 
 
 def test_gradcheck_without_sinks_of_empty_rows():
@@ -74,7 +74,7 @@ def test_gradcheck_without_sinks_of_empty_rows():
         return out, lse.masked_fill(lse.isinf(), 0)
 
     assert torch.autograd.gradcheck(call, (q, k, v))
-    assert torch.autograd.gradgradcheck(call, (q, k, v))
+    assert torch.autograd.gradgradcheck(call, (q, k, v), fast_mode=True)
 
 
 @pytest.mark.parametrize("name", ["causal", "everything", "boolean mask"])
@@ -181,7 +181,7 @@ def test_inference_saves_nothing(mode):
     assert not saved and not out.requires_grad
 
 
-LONG = 6144
+LONG = 4096
 LONG_OPTIONS = {
     "causal": {"causal": True},
     "dropout": {"dropout_p": 0.1, "window": (64, 0)},
@@ -223,7 +223,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 
 
 def test_memory_does_not_grow_with_the_square():
-    """Forward and backward in a process of their own; the scores of the one head alone would be 144 MiB."""
+    """Forward and backward in a process of their own; the scores of the one head alone would be 64 MiB."""
     here = str(Path(__file__).parent)
     path = os.pathsep.join(filter(None, [here, os.environ.get("PYTHONPATH")]))
     run = subprocess.run(
@@ -313,14 +313,14 @@ REPEATED = {
 
 def repeated_step(name):
     options, dtype, heads_kv = REPEATED[name]
-    leaves = make_qkv(2, 4, 70, 90, 32, heads_kv=heads_kv, dtype=dtype)
+    leaves = make_qkv(1, 4, 70, 90, 32, heads_kv=heads_kv, dtype=dtype)
     options = dict(options)
     for i, key in enumerate(("bias", "sinks")):
         if key in options:
             options[key] = randn(*options[key], seed=i).requires_grad_()
     leaves = [t.requires_grad_() for t in leaves]
     everything = [*leaves, *(options[k] for k in ("bias", "sinks") if k in options)]
-    grad = randn(2, 4, 70, 32, dtype=dtype)
+    grad = randn(1, 4, 70, 32, dtype=dtype)
 
     def step():
         out, lse = pyops.attention(
@@ -336,11 +336,11 @@ def repeated_step(name):
 
 
 @pytest.mark.parametrize("name", REPEATED)
-def test_250_repeats_are_equal_to_the_bit(name):
+def test_100_repeats_are_equal_to_the_bit(name):
     torch.use_deterministic_algorithms(False)  # which would fill what is not yet written
     step = repeated_step(name)
     first = step()
-    for _ in range(250):
+    for _ in range(100):
         assert all(torch.equal(a, b) for a, b in zip(step(), first, strict=True))
 
 

@@ -107,8 +107,10 @@ def test_as_torch(name, dtype):
         assert_within_budget(got, lowp, best, GRADIENT_BUDGET)
 
 
-def test_signature_is_torchs():
-    names = list(inspect.signature(pyops.scaled_dot_product_attention).parameters)
+def test_signature_is_torchs_and_a_backend():
+    *names, last = inspect.signature(pyops.scaled_dot_product_attention).parameters.values()
+    assert last.name == "backend" and last.kind is last.KEYWORD_ONLY and last.default is None
+    names = [parameter.name for parameter in names]
     documented = F.scaled_dot_product_attention.__doc__.split("(", 1)[1].split(")", 1)[0]
     assert names == [part.split("=")[0].strip() for part in documented.split(",")]
     q, k, v = make_qkv()
@@ -116,6 +118,19 @@ def test_signature_is_torchs():
     torch.testing.assert_close(
         pyops.scaled_dot_product_attention(*args), F.scaled_dot_product_attention(*args)
     )
+
+
+def test_backend():
+    tensors = make_qkv()
+    seen = []
+    for backend in ("cpu", "reference"):
+        with Calls() as calls:
+            out = pyops.scaled_dot_product_attention(*tensors, backend=backend)
+        torch.testing.assert_close(out, F.scaled_dot_product_attention(*tensors))
+        seen.append([name for name, _ in calls.seen])
+    assert seen == [["attention"], []]
+    with pytest.raises(ValueError, match="backend: .*gpu"):
+        pyops.scaled_dot_product_attention(*tensors, backend="gpu")
 
 
 @pytest.mark.parametrize(
@@ -218,12 +233,15 @@ def flash_qkv(dtype=torch.float32, heads_inside=False):
 
 
 @registry
-@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "inductor"])
-@pytest.mark.parametrize("heads_inside", [False, True], ids=["heads outside", "heads inside"])
-@pytest.mark.parametrize("name", FLASH)
+@pytest.mark.parametrize(
+    "name, heads_inside, compiled",
+    [
+        *((name, heads_inside, False) for name in FLASH for heads_inside in (False, True)),
+        ("causal", True, True),
+        ("float mask", False, True),
+    ],
+)
 def test_torchs_function_on_our_kernels(name, heads_inside, compiled, activated):
-    if compiled and name not in ("causal", "float mask"):
-        pytest.skip("two are enough")
     torch._dynamo.reset()
     tensors, options = flash_qkv(heads_inside=heads_inside), FLASH[name]
     function = F.scaled_dot_product_attention

@@ -117,7 +117,7 @@ def test_dropout_mask_is_the_documented_one(backend):
         full, full_lse = pyops.attention(q, k, v, return_lse=True, backend=backend)
         torch.testing.assert_close(out, full * keep / (1 - p))
         assert torch.equal(lse, full_lse)
-    assert abs(dropout_mask((4, 4, 128, 128), 0.3, 1).float().mean() - 0.7) < 0.005
+    assert abs(dropout_mask((2, 2, 128, 128), 0.3, 1).float().mean() - 0.7) < 0.005
     assert dropout_threshold(0.5) == 2**31 and dropout_threshold(1 - 1e-12) == 2**32 - 1
 
 
@@ -181,9 +181,9 @@ def test_merging_nothing():
 def calls(draw):
     """(shapes and dtype for make_qkv, options with shapes in place of tensors, seed)."""
     heads_kv = draw(st.sampled_from([1, 2, 3]))
-    heads = heads_kv * draw(st.sampled_from([1, 2, 4]))
-    batch = draw(st.integers(1, 3))
-    seqlen_q, seqlen_k = draw(st.integers(1, 150)), draw(st.integers(1, 150))
+    heads = heads_kv * draw(st.sampled_from([1, 2]))
+    batch = draw(st.integers(1, 2))
+    seqlen_q, seqlen_k = draw(st.integers(1, 100)), draw(st.integers(1, 100))
     shapes = {
         **{"batch": batch, "heads": heads, "heads_kv": heads_kv},
         **{"seqlen_q": seqlen_q, "seqlen_k": seqlen_k},
@@ -194,7 +194,7 @@ def calls(draw):
         ),
         "heads_inside": draw(st.booleans()),
     }
-    side = st.one_of(st.none(), st.integers(0, 160))
+    side = st.one_of(st.none(), st.integers(0, 110))
     options = {
         "causal": draw(st.booleans()),
         "window": draw(st.one_of(st.none(), st.tuples(side, side))),
@@ -213,7 +213,7 @@ def calls(draw):
 
 
 FIXED = settings(
-    max_examples=40,
+    max_examples=30,
     deadline=None,
     derandomize=True,
     database=None,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 
 import pytest
 import torch
@@ -32,6 +33,14 @@ LAYOUTS = {
     "heads outside": lambda t: t.permute(1, 0, 2, 3).contiguous().permute(1, 0, 2, 3),
     "batch inside": lambda t: t.permute(2, 1, 0, 3).contiguous().permute(2, 1, 0, 3),
 }
+# Every layout, and every spec.
+SPECS_AND_LAYOUTS = [
+    *(("plain", layout) for layout in LAYOUTS),
+    ("causal window softcap", "contiguous"),
+    ("causal window softcap", "heads inside"),
+    ("top left with dropout", "contiguous"),
+    ("top left with dropout", "seqlen outside"),
+]
 STRIDE_CHECKS = ("test_schema", "test_faketensor")
 EVERY_CHECK = (*STRIDE_CHECKS, "test_autograd_registration", "test_aot_dispatch_dynamic")
 
@@ -53,8 +62,7 @@ def requiring_grad(tensors):
 
 
 @pytest.mark.parametrize("extras", [True, False], ids=["everything", "bare"])
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("spec, layout", SPECS_AND_LAYOUTS)
 def test_opcheck(spec, layout, extras):
     everything = (spec, layout) in (
         ("plain", "heads inside"),
@@ -68,13 +76,13 @@ def test_opcheck(spec, layout, extras):
 
 
 @pytest.mark.parametrize("mask", [(1, 1, 1, 1, 1), (0, 1, 0, 0, 1), (1, 0, 1, 0, 0)], ids=str)
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("spec, layout", SPECS_AND_LAYOUTS)
 def test_opcheck_backward(spec, layout, mask):
     tensors = arguments_of(spec, layout)
     out, lse = torch.ops.pyops.attention(*tensors, *SPECS[spec])
     grad, grad_lse = LAYOUTS[layout](randn(*out.shape)), randn(*lse.shape)
-    everything = all(mask) and (spec, layout) == ("causal window softcap", "contiguous")
+    # The short one, since its second derivatives are traced too.
+    everything = mask == (1, 0, 1, 0, 0) and (spec, layout) == ("plain", "contiguous")
     q, k, v, bias, slopes, sinks, rng_state = requiring_grad(tensors)
     torch.library.opcheck(
         torch.ops.pyops.attention_backward.default,
@@ -186,11 +194,13 @@ def test_compile_without_graph_breaks(name):
     assert len([g for g in recorder.graphs if "pyops.attention" in g.code]) == 1
 
 
-SIZES = [(9, 12), (13, 15), (40, 33), (64, 64), (128, 200), (17, 31)]
+SIZES = [(9, 12), (13, 15), (40, 33), (64, 64), (17, 31)]
 
 
-@pytest.mark.parametrize("name", COMPILED)
-@pytest.mark.parametrize("dynamic", [True, None], ids=["dynamic", "automatic"])
+@pytest.mark.parametrize(
+    "name, dynamic",
+    [("plain", True), ("extras", True), ("lse", True), ("causal window", None), ("extras", None)],
+)
 def test_compile_for_any_length_recompiles_at_most_twice(name, dynamic):
     torch._dynamo.reset()
     recorder = Recorder()
@@ -260,10 +270,16 @@ def test_export(strict, dynamic):
         torch.testing.assert_close(loaded(x), module(x), rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
-@pytest.mark.parametrize("backend", [None, "cpu", "reference"])
-def test_autocast(dtype, compiled, backend):
+AUTOCASTS = [
+    *itertools.product(("eager",), (torch.bfloat16, torch.float16), (None, "cpu", "reference")),
+    ("compiled", torch.bfloat16, None),
+    ("compiled", torch.float16, "cpu"),
+    ("compiled", torch.bfloat16, "reference"),
+]
+
+
+@pytest.mark.parametrize("mode, dtype, backend", AUTOCASTS)
+def test_autocast(mode, dtype, backend):
     torch._dynamo.reset()
     tensors = (*make_qkv(2, 4, 30, 40), randn(1, 4, 30, 40))
 
@@ -274,7 +290,7 @@ def test_autocast(dtype, compiled, backend):
         return out, *torch.autograd.grad(out.sum(), leaves)
 
     op = pyops.attention
-    if compiled:
+    if mode == "compiled":
         op = torch.compile(op, backend="aot_eager", fullgraph=True)
     with torch.autocast("cpu", dtype):
         ours = run(op, tensors, backend=backend)
@@ -309,8 +325,11 @@ VMAPPED = {  # name: (in_dims of query, key, value, bias, alibi_slopes, sinks)
 }
 
 
-@pytest.mark.parametrize("bias_shape", [(3, 4, 9, 12), (1, 4, 1, 12), (9, 12)], ids=str)
-@pytest.mark.parametrize("slopes_shape", [(4,), (3, 4)], ids=str)
+@pytest.mark.parametrize(
+    "bias_shape, slopes_shape",
+    [((3, 4, 9, 12), (4,)), ((1, 4, 1, 12), (3, 4)), ((9, 12), (3, 4))],
+    ids=str,
+)
 @pytest.mark.parametrize("name", VMAPPED)
 def test_vmap(name, slopes_shape, bias_shape):
     in_dims = VMAPPED[name]
