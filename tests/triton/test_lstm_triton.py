@@ -13,8 +13,14 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("name", CASES)
+IN_BFLOAT16 = ("one step", "hidden 16, two blocks", "hidden 64", "packed, both ways")
+
+
+@pytest.mark.parametrize(
+    "name, dtype",
+    [*((n, torch.float32) for n in CASES), *((n, torch.bfloat16) for n in IN_BFLOAT16)],
+    ids=str,
+)
 def test_within_budget(name, dtype):
     check(CASES[name], dtype, "cpu")
 
