@@ -55,7 +55,7 @@ def inputs_of(name, size=(6, 9), batch=3, **kwargs):
 
 @pytest.mark.parametrize(
     "dtype, channels_last",
-    [(F32, False), (F32, True), (BF16, False), (BF16, True), (F16, True), (F64, False)],
+    [(F32, False), (F32, True), (BF16, True), (F16, False)],
     ids=str,
 )
 @pytest.mark.parametrize("name", GEOMETRIES)
@@ -91,7 +91,7 @@ def test_negative_slope_below_zero_forward():
 
 # Small images of many make tiles of images, all else tiles of pixels; around the sizes of both.
 @LAYOUTS
-@pytest.mark.parametrize("batch", [1, 2, 7, 16, 31])
+@pytest.mark.parametrize("batch", [2, 16, 31])
 @pytest.mark.parametrize("size", [(1, 1), (4, 4), (8, 8), (8, 9), (3, 40)], ids=str)
 def test_sizes(size, batch, channels_last):
     for dtype in (F32, BF16):
@@ -102,7 +102,7 @@ def test_sizes(size, batch, channels_last):
 
 
 @LAYOUTS
-@pytest.mark.parametrize("width", [1, 2, 7, 8, 15, 16, 17, 33, 70])
+@pytest.mark.parametrize("width", [1, 7, 8, 15, 17, 70])
 @pytest.mark.parametrize("out_channels", [1, 3, 8])
 def test_widths_of_few_output_channels(out_channels, width, channels_last):
     # Enough outputs that how well torch happens to hit one of them does not decide.
@@ -112,8 +112,7 @@ def test_widths_of_few_output_channels(out_channels, width, channels_last):
 
 
 # The layers the CPU kernels are tuned on, with batches cut to what a test can afford.
-@LAYOUTS
-@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+@pytest.mark.parametrize("dtype, channels_last", [(F32, False), (F32, True), (BF16, True)], ids=str)
 @pytest.mark.parametrize(
     "batch, channels, out_channels, kernel, stride, padding, size, activation",
     [
@@ -214,14 +213,14 @@ def test_strides_of_the_gradient(expanded):
 
 @LAYOUTS
 @pytest.mark.parametrize("activation", ["relu", "leaky_relu", "tanh", "sigmoid", None])
-@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")], ids=str)
 @pytest.mark.parametrize("name", ["k4 s2 p1", "k4 s2 p1 to 3"])
-def test_nan_and_inf_stand_where_torch_has_them(name, bad, activation, channels_last):
+def test_nan_and_inf_stand_where_torch_has_them(name, activation, channels_last):
     tensors = inputs_of(name, batch=9, size=(4, 4), channels_last=channels_last)
-    tensors[0][1, 2, 1, 3] = bad
-    tensors[0][8, 0, 3, 0] = bad
+    # One image of each, and images without.
+    for image, bad in ((1, "nan"), (4, "inf"), (7, "-inf")):
+        tensors[0][image, 2, 1, 3] = tensors[0][image, 0, 3, 0] = float(bad)
     options = {**GEOMETRIES[name][3], "activation": activation}
-    for given in (tensors, [t[:2] if i == 0 else t for i, t in enumerate(tensors)]):
+    for given in (tensors, [tensors[0][:2], *tensors[1:]]):
         out, want = fast(*given, **options), plain(*given, **options)
         assert torch.equal(out.isnan(), want.isnan())
         torch.testing.assert_close(out, want, equal_nan=True)

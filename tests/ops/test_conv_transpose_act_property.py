@@ -17,7 +17,7 @@ from pyops import _C
 from pyops.testing import OUTPUT_BUDGET
 
 FIXED = settings(
-    max_examples=150,
+    max_examples=80,
     deadline=None,
     derandomize=True,
     database=None,
@@ -91,7 +91,7 @@ def test_outputs_of_any_call(call):
         torch.testing.assert_close(out.double(), exact, rtol=4 * eps, atol=60 * eps)
 
 
-@settings(FIXED, max_examples=60)
+@settings(FIXED, max_examples=40)
 @given(calls())
 def test_gradients_of_any_call(call):
     """Exactly, in integers: no rounding, and pre-activations of 0 everywhere."""
@@ -129,23 +129,27 @@ def compact_grid():
     """What runs in a process of its own under each instruction set: prints the largest ratio."""
     torch.set_num_threads(2)
     worst = 0.0
-    for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        for channels_last in (False, True):
-            for c, k, size, kernel, batch, options in (
-                (20, 35, 4, 4, 16, {"stride": 2, "padding": 1, "activation": "tanh"}),
-                (33, 40, 12, 4, 2, {"stride": 2, "padding": 1}),
-                (16, 3, 20, 4, 2, {"stride": 2, "padding": 1, "activation": "sigmoid"}),
-                (12, 60, 9, 3, 2, {"groups": 3, "stride": 3, "activation": "leaky_relu"}),
-                (24, 24, 9, 3, 2, {"groups": 24, "stride": (1, 3), "padding": 1}),
-            ):
-                tensors = make_inputs(
-                    (batch, c, size, size + 1),
-                    (c, k // options.get("groups", 1), kernel, kernel),
-                    groups=options.get("groups", 1),
-                    dtype=dtype,
-                    channels_last=channels_last,
-                )
-                worst = max(worst, check(tensors, **options))
+    for dtype, channels_last in (
+        (torch.float32, False),
+        (torch.float32, True),
+        (torch.bfloat16, True),
+        (torch.float16, False),
+    ):
+        for c, k, size, kernel, batch, options in (
+            (20, 35, 4, 4, 16, {"stride": 2, "padding": 1, "activation": "tanh"}),
+            (33, 40, 12, 4, 2, {"stride": 2, "padding": 1}),
+            (16, 3, 20, 4, 2, {"stride": 2, "padding": 1, "activation": "sigmoid"}),
+            (12, 60, 9, 3, 2, {"groups": 3, "stride": 3, "activation": "leaky_relu"}),
+            (24, 24, 9, 3, 2, {"groups": 24, "stride": (1, 3), "padding": 1}),
+        ):
+            tensors = make_inputs(
+                (batch, c, size, size + 1),
+                (c, k // options.get("groups", 1), kernel, kernel),
+                groups=options.get("groups", 1),
+                dtype=dtype,
+                channels_last=channels_last,
+            )
+            worst = max(worst, check(tensors, **options))
     print(_C.active_isa(), worst)
 
 

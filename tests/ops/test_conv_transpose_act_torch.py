@@ -77,8 +77,14 @@ def test_opcheck_without_some_vectors(vectors):
     torch.library.opcheck(FORWARD, (*leaves_of(vectors=vectors), *spec_of("relu")))
 
 
-@pytest.mark.parametrize("mask", [(1, 1, 1, 1, 1), (1, 0, 0, 0, 0), (0, 1, 0, 1, 0)])
-@pytest.mark.parametrize("layout", LAYOUTS_OF_INPUT)
+@pytest.mark.parametrize(
+    "layout, mask",
+    [
+        *((layout, (1, 1, 1, 1, 1)) for layout in LAYOUTS_OF_INPUT),
+        ("contiguous", (1, 0, 0, 0, 0)),
+        ("channels_last", (0, 1, 0, 1, 0)),
+    ],
+)
 @pytest.mark.parametrize("name", ["tanh", "leaky in groups"])
 def test_opcheck_backward(name, layout, mask):
     change = LAYOUTS_OF_INPUT[layout]
@@ -156,8 +162,9 @@ def assert_same_step(compiled, function, leaves, budget=0.0):
         torch.testing.assert_close(got, want, rtol=budget, atol=budget)
 
 
-@EACH
-@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+@pytest.mark.parametrize(
+    "name, dynamic", [*((name, True) for name in OPTIONS), ("relu", False)], ids=str
+)
 def test_compile_without_graph_breaks(name, dynamic):
     torch._dynamo.reset()
     recorder = Recorder()

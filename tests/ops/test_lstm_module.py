@@ -191,7 +191,7 @@ def test_tiny_call_costs_no_more_than_torchs():
 
 
 FIXED = settings(
-    max_examples=25,
+    max_examples=15,
     deadline=None,
     derandomize=True,
     database=None,

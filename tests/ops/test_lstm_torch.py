@@ -49,8 +49,13 @@ EVERY_CHECK = (*STRIDE_CHECKS, "test_autograd_registration", "test_aot_dispatch_
 
 
 @pytest.mark.parametrize("op", OPS, ids=str)
-@pytest.mark.parametrize("layout", [*LAYOUTS, "packed"])
-@EACH
+@pytest.mark.parametrize(
+    "name, layout",
+    [
+        *((name, layout) for name in OPTIONS for layout in ("time first", "packed")),
+        *(("two layers both ways", layout) for layout in LAYOUTS if layout != "time first"),
+    ],
+)
 def test_opcheck(name, layout, op):
     packed = layout == "packed"
     arguments = op_arguments(name, "time first" if packed else layout, packed=packed)
@@ -74,9 +79,13 @@ def backward_arguments(op, name, layout, mask, steps=5):
 
 @pytest.mark.parametrize("op", OPS, ids=str)
 @pytest.mark.parametrize(
-    "mask", [(True,) * 4, (True, False, False, False), (False, True, True, True)]
+    "layout, mask",
+    [
+        *((layout, (True,) * 4) for layout in (*LAYOUTS, "packed")),
+        ("packed", (True, False, False, False)),
+        ("time first", (False, True, True, True)),
+    ],
 )
-@pytest.mark.parametrize("layout", [*LAYOUTS, "packed"])
 def test_opcheck_backward(layout, mask, op):
     backward = getattr(torch.ops.pyops, f"{op.__name__}_backward").default
     arguments = backward_arguments(op, "two layers both ways", layout, mask)

@@ -13,8 +13,14 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("name", CASES)
+IN_BFLOAT16 = ("one step", "hidden 16, two blocks", "hidden 64", "packed, both ways")
+
+
+@pytest.mark.parametrize(
+    "name, dtype",
+    [*((n, torch.float32) for n in CASES), *((n, torch.bfloat16) for n in IN_BFLOAT16)],
+    ids=str,
+)
 def test_within_budget(name, dtype):
     check(CASES[name], dtype, "cpu")
 
@@ -23,11 +29,17 @@ def test_the_widest_in_float16():
     check((2, 3, 5, 128, {}, None), torch.float16, "cpu")
 
 
-@pytest.mark.parametrize("name", ["hidden 7, both ways", "packed, both ways"])
 @pytest.mark.parametrize(
-    "through", [(True, False, False), (False, True, False), (False, False, True)], ids=str
+    "name, through",
+    [
+        ("packed", (True, False, False)),
+        ("packed, both ways", (False, True, False)),
+        ("packed, both ways", (False, False, True)),
+        ("hidden 7, both ways", (False, False, True)),
+    ],
+    ids=str,
 )
-def test_gradients_through_one_result(through, name):
+def test_gradients_through_one_result(name, through):
     check(CASES[name], torch.float32, "cpu", through)
 
 
