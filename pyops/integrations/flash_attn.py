@@ -54,7 +54,7 @@ def flash_attn_func(
     Raises:
         TypeError, ValueError: as :func:`pyops.attention`, whose ``query``, ``key``, ``value`` and ``scale`` these are.
     """
-    output, lse = attention(
+    result: Any = attention(
         *heads_outside(q, k, v),
         causal=causal,
         scale=softmax_scale,
@@ -65,6 +65,7 @@ def flash_attn_func(
         deterministic=deterministic,
         return_lse=True,
     )
+    output, lse = result
     output = output.transpose(1, 2).contiguous()
     return (output, lse, None) if return_attn_probs else output
 
@@ -81,11 +82,10 @@ def flash_attn_qkvpacked_func(
     return_attn_probs: bool = False,
 ) -> Result:
     """:func:`flash_attn_func` of qkv (batch, seqlen, 3, heads, head_dim)."""
-    return flash_attn_func(
-        *unpack("qkv", qkv, 2, 3),
-        *(dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic),
-        return_attn_probs=return_attn_probs,
-    )
+    common: Any = (dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes)
+    q, k, v = unpack("qkv", qkv, 2, 3)
+    options: Any = (*common, deterministic, return_attn_probs)
+    return flash_attn_func(q, k, v, *options)
 
 
 def flash_attn_kvpacked_func(
@@ -101,11 +101,10 @@ def flash_attn_kvpacked_func(
     return_attn_probs: bool = False,
 ) -> Result:
     """:func:`flash_attn_func` of kv (batch, seqlen_k, 2, heads_kv, head_dim)."""
-    return flash_attn_func(
-        *(q, *unpack("kv", kv, 2, 2)),
-        *(dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic),
-        return_attn_probs=return_attn_probs,
-    )
+    common: Any = (dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes)
+    k, v = unpack("kv", kv, 2, 2)
+    options: Any = (*common, deterministic, return_attn_probs)
+    return flash_attn_func(q, k, v, *options)
 
 
 def flash_attn_varlen_func(
@@ -140,8 +139,14 @@ def flash_attn_varlen_func(
         (total_q, heads, head_dim); lse is (heads, total_q).
     """
     refuse(block_table=block_table)
-    output, lse = attention_varlen(
-        *(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k),
+    result: Any = attention_varlen(
+        q,
+        k,
+        v,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        max_seqlen_q,
+        max_seqlen_k,
         causal=causal,
         scale=softmax_scale,
         alibi_slopes=alibi_slopes,
@@ -151,6 +156,7 @@ def flash_attn_varlen_func(
         deterministic=deterministic,
         return_lse=True,
     )
+    output, lse = result
     return (output, lse, None) if return_attn_probs else output
 
 
@@ -168,11 +174,10 @@ def flash_attn_varlen_qkvpacked_func(
     return_attn_probs: bool = False,
 ) -> Result:
     """:func:`flash_attn_varlen_func` of qkv (total, 3, heads, head_dim)."""
-    return flash_attn_varlen_func(
-        *(*unpack("qkv", qkv, 1, 3), cu_seqlens, cu_seqlens, max_seqlen, max_seqlen),
-        *(dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic),
-        return_attn_probs=return_attn_probs,
-    )
+    common: Any = (dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes)
+    lengths: Any = (cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
+    options: Any = (*common, deterministic, return_attn_probs)
+    return flash_attn_varlen_func(*unpack("qkv", qkv, 1, 3), *lengths, *options)
 
 
 def flash_attn_varlen_kvpacked_func(
@@ -192,11 +197,10 @@ def flash_attn_varlen_kvpacked_func(
     return_attn_probs: bool = False,
 ) -> Result:
     """:func:`flash_attn_varlen_func` of kv (total_k, 2, heads_kv, head_dim)."""
-    return flash_attn_varlen_func(
-        *(q, *unpack("kv", kv, 1, 2), cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k),
-        *(dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic),
-        return_attn_probs=return_attn_probs,
-    )
+    common: Any = (dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes)
+    lengths: Any = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    options: Any = (*common, deterministic, return_attn_probs)
+    return flash_attn_varlen_func(q, *unpack("kv", kv, 1, 2), *lengths, *options)
 
 
 def flash_attn_with_kvcache(
@@ -246,8 +250,10 @@ def flash_attn_with_kvcache(
         block_table = cache_batch_idx[:, None]  # a cache is a page as long as it is
     query, k_cache, v_cache = heads_outside(q, k_cache, v_cache)
     key, value = (None if t is None else t.transpose(1, 2) for t in (k, v))
-    output, lse = attention_decode(
-        *(query, k_cache, v_cache),
+    result: Any = attention_decode(
+        query,
+        k_cache,
+        v_cache,
         key=key,
         value=value,
         cache_seqlens=cache_seqlens,
@@ -263,6 +269,7 @@ def flash_attn_with_kvcache(
         num_splits=num_splits,
         return_lse=True,
     )
+    output, lse = result
     output = output.transpose(1, 2).contiguous()
     return (output, lse) if return_softmax_lse else output
 
@@ -279,7 +286,7 @@ def heads_outside(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tens
     return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
 
-def unpack(name: str, packed: Tensor, dim: int, count: int) -> tuple[Tensor, ...]:
+def unpack(name: str, packed: Tensor, dim: int, count: int) -> Any:
     """The `count` tensors stacked at `dim`, as views."""
     if not isinstance(packed, torch.Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(packed).__name__}")

@@ -46,9 +46,8 @@ def flash_attn_func(
     """
     refuse(qv=qv, q_descale=q_descale, k_descale=k_descale, v_descale=v_descale)
     refuse(attention_chunk=attention_chunk)
-    output, lse, _ = version2.flash_attn_func(
-        *(q, k, v, 0.0, softmax_scale, causal, window_size, softcap, None, deterministic, True)
-    )
+    options: Any = (0.0, softmax_scale, causal, window_size, softcap, None, deterministic, True)
+    output, lse, _ = version2.flash_attn_func(q, k, v, *options)
     return (output, lse) if return_attn_probs else output
 
 
@@ -79,8 +78,14 @@ def flash_attn_qkvpacked_func(
                 f"got {tuple(qkv.shape)}"
             )
         q, k, v = qkv.split((num_heads_q, heads_kv, heads_kv), 2)
+    descales: Any = {"q_descale": q_descale, "k_descale": k_descale, "v_descale": v_descale}
     return flash_attn_func(
-        *(q, k, v, softmax_scale, causal, None, q_descale, k_descale, v_descale),
+        q,
+        k,
+        v,
+        softmax_scale,
+        causal,
+        **descales,
         window_size=window_size,
         attention_chunk=attention_chunk,
         softcap=softcap,
@@ -120,10 +125,9 @@ def flash_attn_varlen_func(
     """
     refuse(seqused_q=seqused_q, seqused_k=seqused_k, attention_chunk=attention_chunk)
     refuse(qv=qv, q_descale=q_descale, k_descale=k_descale, v_descale=v_descale)
-    output, lse, _ = version2.flash_attn_varlen_func(
-        *(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k),
-        *(0.0, softmax_scale, causal, window_size, softcap, None, deterministic, True),
-    )
+    lengths: Any = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    options: Any = (0.0, softmax_scale, causal, window_size, softcap, None, deterministic, True)
+    output, lse, _ = version2.flash_attn_varlen_func(q, k, v, *lengths, *options)
     return (output, lse) if return_attn_probs else output
 
 
@@ -167,12 +171,11 @@ def flash_attn_with_kvcache(
     refuse(cu_seqlens_q=cu_seqlens_q, cu_seqlens_k_new=cu_seqlens_k_new)
     refuse(rotary_seqlens=rotary_seqlens, attention_chunk=attention_chunk)
     refuse(qv=qv, q_descale=q_descale, k_descale=k_descale, v_descale=v_descale)
+    tensors: Any = (q, k_cache, v_cache, k, v, rotary_cos, rotary_sin)
+    where: Any = (cache_seqlens, cache_batch_idx, cache_leftpad, page_table)
+    scores: Any = (softmax_scale, causal, window_size, softcap, rotary_interleaved, None)
     return version2.flash_attn_with_kvcache(
-        *(q, k_cache, v_cache, k, v, rotary_cos, rotary_sin, cache_seqlens),
-        *(cache_batch_idx, cache_leftpad, page_table, softmax_scale, causal, window_size, softcap),
-        rotary_interleaved=rotary_interleaved,
-        num_splits=num_splits,
-        return_softmax_lse=return_softmax_lse,
+        *(*tensors, *where, *scores, num_splits, return_softmax_lse)
     )
 
 
@@ -193,7 +196,8 @@ def flash_attn_combine(
     Returns:
         (output, lse (batch, seqlen, heads)).
     """
-    merged, lse = merge_attention(out_partial, lse_partial)  # type: ignore[arg-type]
+    parts: Any = (out_partial, lse_partial)  # stacked will do for sequences
+    merged, lse = merge_attention(*parts)
     if out is None:
         return merged if out_dtype is None else merged.to(out_dtype), lse
     if out_dtype not in (None, out.dtype):

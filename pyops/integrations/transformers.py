@@ -84,10 +84,9 @@ def attention_forward(
     if plain and backends.automatic("attention", query.device)[0][0] == "reference":
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-        return sdpa_attention_forward(
-            *(module, query, key, value, attention_mask, dropout, scaling, is_causal),
-            **({} if position_bias is None else {"position_bias": position_bias}),
-        )
+        added: Any = {} if position_bias is None else {"position_bias": position_bias}
+        options: Any = (attention_mask, dropout, scaling, is_causal)
+        return sdpa_attention_forward(module, query, key, value, *options, **added)
     seqlen_q = query.shape[2]
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     causal = bool(causal) and attention_mask is None and seqlen_q > 1
@@ -102,12 +101,14 @@ def attention_forward(
     if sliding_window is not None and attention_mask is None and seqlen_k > sliding_window:
         window = (sliding_window - 1, sliding_window - 1)
     if plain and position_bias is None and window is None:
-        output = scaled_dot_product_attention(
-            *(query, key, value, attention_mask, dropout, causal, scaling), enable_gqa=True
+        output: Any = scaled_dot_product_attention(
+            query, key, value, attention_mask, dropout, causal, scaling, enable_gqa=True
         )
     else:
         output = attention(
-            *(query, key, value),
+            query,
+            key,
+            value,
             causal=causal,
             scale=scaling,
             bias=_bias(attention_mask, position_bias),
