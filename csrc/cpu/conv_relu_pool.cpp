@@ -12,6 +12,7 @@
 
 #include "../checks.h"
 #include "conv_relu_pool_expand.h"
+#include "conv_relu_pool_strided.h"
 #include "runtime.h"
 #include "tensors.h"
 
@@ -226,25 +227,40 @@ std::tuple<Tensor, Tensor> forward(const Tensor& input, const Tensor& weight,
   return {output, codes};
 }
 
-// What the sparse kernel does not take: the gradient before the pool is written out and
-// the library differentiates the plain convolution.
-void backward_by_library(const ConvReluPoolGradParams& g, const Tensor& input, const Tensor& weight,
-                         const std::vector<bool>& mask, const Tensor& codes_or_output,
-                         std::array<Tensor*, 3> results) {
+// What the sparse kernel does not take: the gradient before the pool is written out, then come
+// the gradients of the plain convolution, the library's where our own are not faster.
+void backward_dense(ConvReluPoolGradParams g, const Tensor& input, const Tensor& weight,
+                    const std::vector<bool>& mask, const Tensor& codes_or_output,
+                    std::array<Tensor*, 3> results) {
   const ConvReluPoolParams& p = g.p;
+  const ScalarType dtype = input.scalar_type();
   const std::array<int64_t, 4> size = {p.batch, p.out_channels, p.conv_h, p.conv_w};
-  Tensor expanded = empty_dense(size, p.channels_last, input.scalar_type());
-  const bool by_output = codes_or_output.scalar_type() == input.scalar_type();
-  expand_gradient(g, by_output ? codes_or_output.const_data_ptr() : nullptr,
-                  expanded.mutable_data_ptr());
-  if (mask[2]) {  // the library's own sum has several times the error in channels_last
-    *results[2] = empty_vector(p.out_channels, input.scalar_type());
-    sum_channels(p, expanded.const_data_ptr(), results[2]->mutable_data_ptr());
+  Tensor expanded = empty_dense(size, p.channels_last, dtype);
+  const bool by_output = codes_or_output.scalar_type() == dtype;
+  const void* output = by_output ? codes_or_output.const_data_ptr() : nullptr;
+  if (mask[2]) {
+    *results[2] = empty_vector(p.out_channels, dtype);
+    g.grad_bias = results[2]->mutable_data_ptr();
   }
-  if (!mask[0] && !mask[1]) return;
+  if (!activation_gradient(g, output, expanded.mutable_data_ptr())) {
+    expand_gradient(g, output, expanded.mutable_data_ptr());
+    // the library's own sum has several times the error in channels_last
+    if (mask[2]) sum_channels(p, expanded.const_data_ptr(), g.grad_bias);
+  }
+  bool wanted[3] = {mask[0], mask[1], false};
+  if (mask[0]) {
+    Tensor dx = empty_dense({p.batch, p.in_channels, p.in_h, p.in_w}, p.channels_last, dtype);
+    wanted[0] = !strided_grad_input(p, expanded.const_data_ptr(), dx.mutable_data_ptr());
+    if (!wanted[0]) *results[0] = dx;
+  }
+  if (mask[1]) {
+    Tensor dw = empty_dense({p.out_channels, weight.size(1), p.kernel_h, p.kernel_w}, false, dtype);
+    wanted[1] = !strided_grad_weight(p, expanded.const_data_ptr(), dw.mutable_data_ptr());
+    if (!wanted[1]) *results[1] = dw;
+  }
+  if (!wanted[0] && !wanted[1]) return;
   const IntList stride = {p.stride_h, p.stride_w}, padding = {p.pad_h, p.pad_w};
   const IntList dilation = {p.dilation_h, p.dilation_w}, no_padding = {0, 0};
-  const bool wanted[3] = {mask[0], mask[1], false};
   using torch::stable::detail::from;
   std::array<StableIValue, 11> stack{from(expanded),
                                      from(input),
@@ -261,7 +277,7 @@ void backward_by_library(const ConvReluPoolGradParams& g, const Tensor& input, c
       torch_call_dispatcher("aten::convolution_backward", "", stack.data(), TORCH_ABI_VERSION));
   for (int i = 0; i < 3; ++i) {
     Tensor result = torch::stable::detail::to<Tensor>(stack[i]);
-    if (wanted[i]) *results[i] = result;
+    if (wanted[i]) *results[i] = as_dense(result, i == 0 && p.channels_last);
   }
 }
 
@@ -340,9 +356,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(
     if (PYOPS_ISA_SELECT(conv_relu_pool_backward_sparse)(g)) return {dx, dw, db};
     g.grad_input = g.grad_weight = g.grad_bias = nullptr;
   }
-  backward_by_library(g, x, w, output_mask, selector, {&grad_input, &grad_weight, &grad_bias});
-  if (output_mask[0]) grad_input = as_dense(grad_input, p.channels_last);
-  if (output_mask[1]) grad_weight = as_dense(grad_weight, false);
+  backward_dense(g, x, w, output_mask, selector, {&grad_input, &grad_weight, &grad_bias});
   return {grad_input, grad_weight, grad_bias};
 }
 

@@ -326,6 +326,8 @@ def _slower_on_cpu(
     out_channels, group_channels, kernel_h, kernel_w = weight_shape
     taps = kernel_h * kernel_w
     half = dtype != torch.float32
+    if needs_grad and spec.pool == "none" and max(spec.stride) > 1 and not half:
+        return _strided_slower(input_shape, weight_shape, spec)
     if needs_grad and (spec.pool != "max" or spec.groups > 1 or max(spec.dilation) > 1):
         return True  # the library's backward, after which the forward's gain is too small
     if spec.groups > 1:
@@ -344,6 +346,13 @@ def _slower_on_cpu(
         small_windows = spec.pool_size == spec.pool_stride == (2, 2)
         return not (spec.pool == "none" or small_windows) and group_channels >= 128
     return spec.pool == "none" and taps > 1 and group_channels >= 64
+
+
+def _strided_slower(input_shape: torch.Size, weight_shape: torch.Size, spec: ConvPoolSpec) -> bool:
+    """Forward and backward without a pool in float32: docs/kernels/conv_transpose.md."""
+    batch = input_shape[0] if len(input_shape) == 4 else 1
+    geometry = (*weight_shape[2:], *spec.stride, *spec.dilation, spec.groups)
+    return batch < 64 or 4 < weight_shape[1] < 128 or geometry != (4, 4, 2, 2, 1, 1, 1)
 
 
 def _refusal(
