@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import sys
 
 import pytest
-import torch
+
+# Threads that spin while they wait multiply the time of every test where other processes run, too.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read as torch is imported
+
+import torch  # noqa: E402
 
 _M_PERTURB = -6  # glibc's mallopt: every allocated byte becomes the complement of the argument
 
