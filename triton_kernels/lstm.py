@@ -117,7 +117,7 @@ _SEQUENCES = 16
 
 def _config(hidden: int, precision: str) -> Config:
     units = common.power_of_2(hidden, 16, 128)
-    warps = 8 if units == 128 or (units == 64 and precision == "tf32x3") else 4
+    warps = 8 if units == 128 or (units >= 32 and precision == "tf32x3") else 4
     return Config({"BLOCK_H": units, "BLOCK_B": _SEQUENCES}, num_warps=warps, num_stages=1)
 
 

@@ -21,7 +21,7 @@ CASES = {
     "bfloat16, 7": ((80,), 7, torch.bfloat16, True, {}),
     "TF32, 64": ((80, 90, 100), 64, torch.float32, True, {}),
     "float32, 64": ((80, 100), 64, torch.float32, False, {}),
-    "float32, 20": ((90,), 20, torch.float32, False, {}),
+    "float32, 20": ((80,), 20, torch.float32, False, {}),
 }
 
 
