@@ -1,8 +1,4 @@
-"""Masked language modelling: train a small BERT on Python's documentation, then fill in [MASK].
-
-python docs/examples/masked_lm.py            about a minute
-python docs/examples/masked_lm.py --steps 5  to see that it runs
-"""
+"""Masked language modelling: train a small BERT on Python's documentation, then fill in [MASK]."""
 
 from __future__ import annotations
 
