@@ -1,12 +1,9 @@
-"""Masked language modelling: train a small BERT on Python's documentation, then fill in [MASK].
-
-python docs/examples/masked_lm.py            about a minute
-python docs/examples/masked_lm.py --steps 5  to see that it runs
-"""
+"""Masked language modelling: train a small BERT on Python's documentation, then fill in [MASK]."""
 
 from __future__ import annotations
 
 import argparse
+import copy
 import re
 
 import torch
@@ -70,8 +67,7 @@ def fill(model: BertForMaskedLM, tokenizer: Tokenizer, sentence: str) -> str:
     scores = model(tokens[None])[0, tokens == MASK][0]
     scores[: len(SPECIAL)] = -torch.inf
     chances, best = scores.softmax(0).topk(3)
-    pairs = zip(best.tolist(), chances.tolist(), strict=True)
-    return ", ".join(f"{tokenizer.words[word]} {chance:.0%}" for word, chance in pairs)
+    return ", ".join(f"{tokenizer.words[w]} {p:.0%}" for w, p in zip(best, chances, strict=True))
 
 
 def main() -> None:
@@ -83,18 +79,15 @@ def main() -> None:
     tokenizer = Tokenizer(text)
     config = BertConfig(
         vocab_size=len(tokenizer.words),
-        hidden_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        intermediate_size=256,
         max_position_embeddings=SEQLEN,
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
+        **{"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4},
+        **{"hidden_dropout_prob": 0.0, "intermediate_size": 256},
     )
     plain = BertForMaskedLM(config)
     train(plain, tokenizer(text), steps)
     plain.eval()
-    fast = pyops.optimize(plain)
+    fast = copy.deepcopy(plain)
+    pyops.optimize(fast)
     for sentence in SENTENCES:
         print(sentence)
         print(f"  plain: {fill(plain, tokenizer, sentence)}")

@@ -48,9 +48,10 @@ def gemma2():  # soft-capping, every other layer with a window; scale not head_d
 
 
 def gpt_oss():  # attention sinks
+    experts = {"num_local_experts": 2, "num_experts_per_tok": 1}
     config = transformers.GptOssConfig(
-        **ROTARY, num_local_experts=2, num_experts_per_tok=1, sliding_window=4
-    )
+        **ROTARY, **experts, experts_implementation="eager", sliding_window=4
+    )  # the other experts take no float64
     return transformers.GptOssForCausalLM(config)
 
 
