@@ -1,6 +1,9 @@
 """A short proof that an installed wheel works: run by hand or by CI as a script, outside the checkout."""
 
+import functools
+
 import torch
+import torch.nn.functional as F
 
 import pyops
 from pyops import backends
@@ -35,7 +38,34 @@ def main() -> None:
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
     x = torch.randn(1, 3, 9, 9)
     assert torch.equal(compiled(x), module(x))
+    further_ops()
     print(f"1 passed, 0 failed (torch {torch.__version__}, {pyops.__file__})")
+
+
+def further_ops() -> None:
+    """Each against plain torch, with the gradient of its input."""
+    close = functools.partial(torch.testing.assert_close, rtol=1e-3, atol=1e-4)
+    query, key, value = torch.randn(3, 2, 4, 33, 40).requires_grad_()
+    lstm = torch.nn.LSTM(10, 20, 2)
+    weight = torch.randn(8, 6, 4, 4)
+    images = torch.randn(2, 8, 7, 7, requires_grad=True)
+    steps = torch.randn(7, 3, 10, requires_grad=True)
+    pairs = [
+        (
+            query,
+            pyops.attention(query, key, value, causal=True, backend="cpu"),
+            F.scaled_dot_product_attention(query, key, value, is_causal=True),
+        ),
+        (steps, pyops.lstm(steps, None, lstm._flat_weights, num_layers=2, backend="cpu")[0], lstm(steps)[0]),
+        (
+            images,
+            pyops.conv_transpose2d_act(images, weight, stride=2, padding=1, backend="cpu"),
+            F.relu(F.conv_transpose2d(images, weight, stride=2, padding=1)),
+        ),
+    ]  # fmt: skip
+    for leaf, fast, plain in pairs:
+        close(fast, plain)
+        close(*(torch.autograd.grad(out.square().sum(), leaf)[0] for out in (fast, plain)))
 
 
 if __name__ == "__main__":
