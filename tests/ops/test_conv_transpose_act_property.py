@@ -83,7 +83,7 @@ def test_outputs_of_any_call(call):
     out = fast(*tensors, **options)
     exact = plain(*(None if t is None else t.double() for t in tensors), **options)
     assert out.shape == exact.shape
-    if out.numel() >= 200:  # the ratio of two errors over a handful of elements says little
+    if out.numel() >= 1000:  # the ratio of two errors over few elements says little
         tensors[0] = tensors[0].contiguous()
         assert_right(out, plain(*tensors, **options), exact, OUTPUT_BUDGET, "output")
     else:
