@@ -270,7 +270,9 @@ void run_task(const Plan& plan, int64_t task) {
     u.first = true;
     u.by_rows =
         !kPairs && u.vectors == 1 && u.rows * ceil_div(p.head_dim_v, kLanes) <= p.head_dim_v;
-    u.dots = u.by_rows && u.rows <= kDotQueries;
+    // Not in float32: backward sums its scores as tiles do, and exp(score - lse) would show the
+    // difference.
+    u.dots = u.by_rows && u.rows <= kDotQueries && p.dtype != DType::kFloat;
     u.most = memory, u.sum = u.most + kWidth, u.q = u.sum + kWidth;
     u.o = u.q + plan.words * kWidth;
     memory += unit_floats;

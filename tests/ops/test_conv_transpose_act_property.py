@@ -80,6 +80,8 @@ def test_outputs_of_any_call(call):
         channels_last=channels_last,
         seed=seed,
     )
+    # Halves: their sums are exact, so that no example is about the order of a sum.
+    tensors = [None if t is None else t.mul(2).round().div(2) for t in tensors]
     out = fast(*tensors, **options)
     exact = plain(*(None if t is None else t.double() for t in tensors), **options)
     assert out.shape == exact.shape
