@@ -68,8 +68,12 @@ def test_import_loads_neither_triton_nor_its_kernels():
     assert not (heavy & loaded) - before
 
 
-def test_import_costs_less_than_150_ms_beyond_torch():
-    """In processor time, the least of several: neither other processes nor a cold disk count."""
+def test_import_costs_less_than_150_ms_beyond_torch(tmp_path):
+    """In processor time, the least of several: neither other processes nor a cold disk count.
+
+    With bytecode kept, as it is unless someone asks otherwise; the first run writes it.
+    """
+    kept = {"PYTHONDONTWRITEBYTECODE": "", "PYTHONPYCACHEPREFIX": str(tmp_path)}
     code = """
         import time, torch
         start = time.process_time()
@@ -78,7 +82,7 @@ def test_import_costs_less_than_150_ms_beyond_torch():
     """
     best = float("inf")
     for _ in range(6):
-        best = min(best, float(run_fresh(code)))
+        best = min(best, float(run_fresh(code, **kept)))
         if best < 0.15:
             return
     pytest.fail(f"import pyops took {best * 1e3:.0f} ms at best")
