@@ -77,8 +77,8 @@ class _Geometry(NamedTuple):
         if self.sizes is not None:
             return rows
         if self.batch_major:
-            return rows.view(self.batch, self.steps, -1).transpose(0, 1)
-        return rows.view(self.steps, self.batch, -1)
+            return rows.view(self.batch, self.steps, rows.shape[-1]).transpose(0, 1)
+        return rows.view(self.steps, self.batch, rows.shape[-1])
 
     def states_before(self, output: torch.Tensor, h0: torch.Tensor, reverse: bool) -> torch.Tensor:
         """(rows, H): of each row the h that its step began with. output: (rows, H) of one direction."""

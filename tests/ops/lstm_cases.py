@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
@@ -13,9 +11,8 @@ import pyops
 from pyops import backends
 from pyops.testing import GRADIENT_BUDGET, OUTPUT_BUDGET, assert_within_budget
 
-# Triton's interpreter only where it was asked for: it is slow, and tests/triton runs it anyway.
-_NAMES = ("cpu", "triton") if os.environ.get("TRITON_INTERPRET") == "1" else ("cpu",)
-KERNELS = [name for name in _NAMES if backends.why_not("lstm", name, "cpu") is None]
+# Triton's kernels have tests of their own, in tests/triton.
+KERNELS = [name for name in ("cpu",) if backends.why_not("lstm", name, "cpu") is None]
 ALL = [*KERNELS, "reference"]
 EACH_KERNEL = pytest.mark.parametrize("backend", KERNELS)
 EACH_BACKEND = pytest.mark.parametrize("backend", ALL)
