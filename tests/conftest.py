@@ -43,3 +43,13 @@ def _reproducible():
     yield
     torch.use_deterministic_algorithms(False)
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def without_interpreter(monkeypatch):
+    """As without Triton: its interpreter, which tests/triton asks for, takes minutes for a table."""
+    from pyops import backends
+
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(backends, "interpreting", lambda: False)
+    monkeypatch.setattr(backends, "_triton_missing", lambda: "Triton is left out of this test")

@@ -11,6 +11,8 @@ import pyops
 from pyops import cli
 from pyops.bench import conv_relu_pool, harness, models, report, shapes
 
+pytestmark = pytest.mark.usefixtures("without_interpreter")
+
 CPU = torch.device("cpu")
 NUMBERS = (
     "median_ms",

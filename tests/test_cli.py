@@ -14,6 +14,8 @@ from pyops.commands import check, demo
 from pyops.data import Dataset, load_digits
 from pyops.training import cnn
 
+pytestmark = pytest.mark.usefixtures("without_interpreter")
+
 
 def run(*arguments, timeout=100):
     """`python -m pyops` in a fresh process."""
