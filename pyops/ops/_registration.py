@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -44,6 +45,52 @@ def register_autocast(op: str, tensor_arguments: int) -> None:
         library = torch.library.Library("pyops", "IMPL", key)
         library.impl(op, cast_and_call)
         _libraries.append(library)
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What torch needs to know of a pair of ops, `<op>` and `<op>_backward`, whatever backend runs it.
+
+    `backward_of`, `vmap_forward` and `vmap_backward` make the rule from the op that it calls.
+    """
+
+    fake_forward: Callable[..., Any]
+    fake_backward: Callable[..., Any]
+    save_for_backward: Callable[..., None]
+    backward_of: Callable[[Any], Callable[..., Any]]
+    save_for_double_backward: Callable[..., None]
+    double_backward: Callable[..., Any]
+    vmap_forward: Callable[[Any], Callable[..., Any]]
+    vmap_backward: Callable[[Any], Callable[..., Any]]
+    autocast_arguments: int  # how many of the forward's first arguments autocast casts
+
+
+def register_rules(op: str, rules: Rules) -> None:
+    """Register the rules for `pyops::<op>` and `pyops::<op>_backward`."""
+    forward, backward = f"pyops::{op}", f"pyops::{op}_backward"
+    forward_op = getattr(torch.ops.pyops, op).default
+    backward_op = getattr(torch.ops.pyops, f"{op}_backward").default
+    torch.library.register_fake(forward, rules.fake_forward)
+    torch.library.register_fake(backward, rules.fake_backward)
+    torch.library.register_autograd(
+        forward, rules.backward_of(backward_op), setup_context=rules.save_for_backward
+    )
+    torch.library.register_autograd(
+        backward, rules.double_backward, setup_context=rules.save_for_double_backward
+    )
+    torch.library.register_vmap(forward, rules.vmap_forward(forward_op))
+    torch.library.register_vmap(backward, rules.vmap_backward(backward_op))
+    register_autocast(op, rules.autocast_arguments)
+
+
+def register_pair(
+    op: str, rules: Rules, triton_forward: Callable[..., Any], triton_backward: Callable[..., Any]
+) -> None:
+    """Define Triton's pair of ops like `pyops::<op>`'s and register the rules for both pairs."""
+    define_like(f"{op}_triton", op, triton_forward)
+    define_like(f"{op}_triton_backward", f"{op}_backward", triton_backward)
+    for each in (op, f"{op}_triton"):
+        register_rules(each, rules)
 
 
 def autocasting(device: torch.device) -> bool:

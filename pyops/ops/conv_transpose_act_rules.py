@@ -240,21 +240,17 @@ def _vmap_of(op: Any, tensors: int) -> Any:
     return rule
 
 
-def _register(op: str) -> None:
-    forward, backward = f"pyops::{op}", f"pyops::{op}_backward"
-    forward_op = getattr(torch.ops.pyops, op).default
-    backward_op = backward_op_of(forward_op)
-    torch.library.register_fake(forward, _fake_forward)
-    torch.library.register_fake(backward, _fake_backward)
-    torch.library.register_autograd(
-        forward, _backward_of(backward_op), setup_context=_save_for_backward
-    )
-    torch.library.register_autograd(
-        backward, _double_backward, setup_context=_save_for_double_backward
-    )
-    torch.library.register_vmap(forward, _vmap_of(forward_op, 5))
-    torch.library.register_vmap(backward, _vmap_of(backward_op, 6))
-    registration.register_autocast(op, 5)
+RULES = registration.Rules(
+    fake_forward=_fake_forward,
+    fake_backward=_fake_backward,
+    save_for_backward=_save_for_backward,
+    backward_of=_backward_of,
+    save_for_double_backward=_save_for_double_backward,
+    double_backward=_double_backward,
+    vmap_forward=lambda op: _vmap_of(op, 5),
+    vmap_backward=lambda op: _vmap_of(op, 6),
+    autocast_arguments=5,
+)
 
 
 def _triton_forward(*args: Any) -> Any:
@@ -271,7 +267,4 @@ def _triton_backward(*args: Any) -> Any:
 
 def register() -> None:
     """Register the rules, and Triton's pair of ops. Called once, where _cpu.so brought the schemas."""
-    registration.define_like(f"{_OP}_triton", _OP, _triton_forward)
-    registration.define_like(f"{_OP}_triton_backward", f"{_OP}_backward", _triton_backward)
-    for op in (_OP, f"{_OP}_triton"):
-        _register(op)
+    registration.register_pair(_OP, RULES, _triton_forward, _triton_backward)

@@ -52,7 +52,7 @@ def oracle():
     if not hasattr(torch.ops.pyops, "lstm_oracle"):
         registration.define_like("lstm_oracle", "lstm", forward)
         registration.define_like("lstm_oracle_backward", "lstm_backward", backward)
-        lstm_rules.register_rules("lstm_oracle")
+        registration.register_rules("lstm_oracle", lstm_rules.RULES)
     return torch.ops.pyops.lstm_oracle.default
 
 
