@@ -22,9 +22,9 @@ HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 OUT = ROOT / "build" / "emulator"
 PARTS = ("scheduler.cpp", "memory.cpp", "race.cpp", "agents.cpp", "tma.cpp", "matrix.cpp")
-COMMON = "-std=c++17 -g -fPIC -Wno-unknown-pragmas -Wno-psabi -Wno-attributes".split()
-KERNEL = "-x c++ -O1 -DPYOPS_EMULATE -ftrivial-auto-var-init=pattern".split()
-EMULATOR = "-O2 -DPYOPS_EMULATE".split()
+COMMON = ["-std=c++17", "-g", "-fPIC", "-Wno-unknown-pragmas", "-Wno-psabi", "-Wno-attributes"]
+KERNEL = ["-x", "c++", "-O1", "-DPYOPS_EMULATE", "-ftrivial-auto-var-init=pattern"]
+EMULATOR = ["-O2", "-DPYOPS_EMULATE"]
 VARIANTS = {
     "plain": ([], []),
     "race": (["-fsanitize=thread"], ["-DEMU_RACE"]),

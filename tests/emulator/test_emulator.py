@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from build import HERE, Emulated, missing
 
 pytestmark = pytest.mark.skipif(missing() is not None, reason=str(missing()))
