@@ -20,8 +20,7 @@ constexpr int kTile = 16;   // windows of 2x2 pixels, each way
 constexpr int kMostKernel = kMostStemKernel;
 constexpr int kLines = 2 * kTile + kMostKernel - 1;
 constexpr int kWarpLines = kLines / 4;
-constexpr int kPart = 9;  // lines that a warp has under way at once
-static_assert(kLines % 4 == 0 && kWarpLines % kPart == 0);
+static_assert(kLines % 4 == 0);
 
 struct Params {
   const uint16_t* input;  // (batch, kC, in_h, in_w), any strides
@@ -75,49 +74,61 @@ struct TileAt {
   int y, x;  // of its first window
 };
 
-// The pixels under a tile, zeros outside the image. A warp takes every fourth line, several at
-// once.
+// The pixels under a tile, zeros outside the image. A warp takes every fourth line; all loads
+// are under way before the first is stored.
 template <class T, int kC, int kSteps, int kN>
 PTX_FN void load_pixels(const Params& p, const TileAt& tile, uint16_t* pixels) {
   using S = Stem<T, kC, kSteps, kN>;
   const int warp = warp_id(), lane = lane_id();
   const int y0 = 2 * tile.y - p.pad_h, x0 = 2 * tile.x - p.pad_w;
   const uint16_t* image = p.input + tile.image * p.image_stride;
+  // What lies outside is read at the edge and masked: a load takes two additions, no branches.
+  uint32_t column[S::kLoads], inside[S::kLoads];  // bytes; bits
 #pragma unroll
-  for (int part = 0; part < kWarpLines; part += kPart) {
-    uint16_t values[kPart][S::kLoads];
+  for (int j = 0; j < S::kLoads; ++j) {
+    const int at = lane + 32 * j, x = x0 + at / kC;
+    column[j] = 2 * (min(max(x, 0), p.in_w - 1) * p.stride_w + at % kC * p.stride_c);
+    inside[j] = x >= 0 && x < p.in_w ? ~0u : 0u;
+  }
+  uint16_t values[kWarpLines][S::kLoads];
+#pragma unroll
+  for (int i = 0; i < kWarpLines; ++i) {
+    const int y = y0 + warp + 4 * i;
+    const char* line =
+        reinterpret_cast<const char*>(image + min(max(y, 0), p.in_h - 1) * p.stride_h);
+    const uint32_t some = y >= 0 && y < p.in_h ? ~0u : 0u;
 #pragma unroll
     for (int j = 0; j < S::kLoads; ++j) {
-      const int at = lane + 32 * j, x = x0 + at / kC;
-      const bool inside = at < S::kPitch && x >= 0 && x < p.in_w;
-      const int column = x * p.stride_w + at % kC * p.stride_c;
-#pragma unroll
-      for (int i = 0; i < kPart; ++i) {
-        const int y = y0 + warp + 4 * (part + i);
-        values[i][j] =
-            inside && y >= 0 && y < p.in_h ? image[column + y * p.stride_h] : uint16_t{0};
-      }
+      const uint32_t value = *reinterpret_cast<const uint16_t*>(line + column[j]);
+      values[i][j] = static_cast<uint16_t>(value & some & inside[j]);
     }
+  }
+  uint16_t* to = pixels + warp * S::kPitch + lane;
 #pragma unroll
-    for (int j = 0; j < S::kLoads; ++j) {
-      const int at = lane + 32 * j;
+  for (int j = 0; j < S::kLoads; ++j) {
 #pragma unroll
-      for (int i = 0; i < kPart; ++i)
-        if (at < S::kPitch) pixels[(warp + 4 * (part + i)) * S::kPitch + at] = values[i][j];
-    }
+    for (int i = 0; i < kWarpLines; ++i)
+      if (lane + 32 * j < S::kPitch) to[4 * i * S::kPitch + 32 * j] = values[i][j];
   }
 }
 
+// Finish::activate in one instruction for the usual case.
+template <bool kRelu>
+PTX_FN float activate(const Params& p, float value) {
+  if constexpr (kRelu) return max_nan(value, 0.0f);
+  return p.finish.activate(value);
+}
+
 // Windows of one thread: sum[dy][4j + 2dx + b].
-template <class T, int kN>
-PTX_FN void store(const float (&sum)[2][kN / 2], const Params& p, const float* bias, int64_t image,
-                  int window_y, int window_x) {
+template <class T, int kN, bool kPooled, bool kCodes, bool kRelu>
+PTX_FN void store_as(const float (&sum)[2][kN / 2], const Params& p, const float* bias,
+                     int64_t image, int window_y, int window_x) {
   const int lane = lane_id() % 4;
 #pragma unroll
   for (int run = 0; run < kN / 32; ++run) {
     const int first = run * 32 + lane * 8, channel = blockIdx.y * kN + first;
     if (channel >= p.out_channels) continue;
-    if (p.pooled) {
+    if constexpr (kPooled) {
       if (window_y >= p.out_h || window_x >= p.out_w) continue;
       const int64_t at =
           ((image * p.out_h + window_y) * p.out_w + window_x) * p.out_channels + channel;
@@ -131,8 +142,8 @@ PTX_FN void store(const float (&sum)[2][kN / 2], const Params& p, const float* b
           const float w[4]{sum[0][i], sum[0][i + 2], sum[1][i], sum[1][i + 2]};
           const float largest = max_of(w[0], w[1], w[2], w[3]);
           const float shifted = largest + bias[first + 2 * j + b];
-          value[b] = p.finish.activate(shifted);
-          if (p.codes)
+          value[b] = activate<kRelu>(p, shifted);
+          if constexpr (kCodes)
             codes[j / 2] |= max_code(w[0], w[1], w[2], w[3], largest, shifted, p.finish)
                             << (j % 2 * 16 + b * 8);
         }
@@ -140,7 +151,7 @@ PTX_FN void store(const float (&sum)[2][kN / 2], const Params& p, const float* b
       }
       *reinterpret_cast<uint4*>(static_cast<T*>(p.output) + at) =
           uint4{packed[0], packed[1], packed[2], packed[3]};
-      if (p.codes) *reinterpret_cast<uint2*>(p.codes + at) = uint2{codes[0], codes[1]};
+      if constexpr (kCodes) *reinterpret_cast<uint2*>(p.codes + at) = uint2{codes[0], codes[1]};
     } else {
 #pragma unroll
       for (int place = 0; place < 4; ++place) {
@@ -151,8 +162,8 @@ PTX_FN void store(const float (&sum)[2][kN / 2], const Params& p, const float* b
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
           const int i = 4 * (4 * run + j) + 2 * dx;
-          packed[j] = pack_pair<T>(p.finish.activate(sum[dy][i] + bias[first + 2 * j]),
-                                   p.finish.activate(sum[dy][i + 1] + bias[first + 2 * j + 1]));
+          packed[j] = pack_pair<T>(activate<kRelu>(p, sum[dy][i] + bias[first + 2 * j]),
+                                   activate<kRelu>(p, sum[dy][i + 1] + bias[first + 2 * j + 1]));
         }
         *reinterpret_cast<uint4*>(static_cast<T*>(p.output) +
                                   ((image * p.out_h + y) * p.out_w + x) * p.out_channels +
@@ -160,6 +171,17 @@ PTX_FN void store(const float (&sum)[2][kN / 2], const Params& p, const float* b
       }
     }
   }
+}
+
+template <class T, int kN, bool kRelu>
+PTX_FN void store(const float (&sum)[2][kN / 2], const Params& p, const float* bias, int64_t image,
+                  int y, int x) {
+  if (!p.pooled)
+    store_as<T, kN, false, false, kRelu>(sum, p, bias, image, y, x);
+  else if (p.codes)
+    store_as<T, kN, true, true, kRelu>(sum, p, bias, image, y, x);
+  else
+    store_as<T, kN, true, false, kRelu>(sum, p, bias, image, y, x);
 }
 
 template <class T, int kC, int kSteps, int kN>
@@ -228,7 +250,10 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
       }
       wgmma_commit();
       wgmma_wait<0>();
-      store<T, kN>(sum, p, bias, at.image, at.y + y, at.x + x);
+      if (p.finish.relu)
+        store<T, kN, true>(sum, p, bias, at.image, at.y + y, at.x + x);
+      else
+        store<T, kN, false>(sum, p, bias, at.image, at.y + y, at.x + x);
     }
     sync_threads();  // before the next tile's pixels
   }
