@@ -46,6 +46,86 @@ struct Stem {
   static constexpr uint32_t kShared = kWeightBytes + kN * 4 + kLines * kPitch * 2;
 };
 
+// Where a thread finds its part of operand A, and which product each index of the contraction
+// means. Of 16 products a step, thread t of four holds 2t, 2t + 1, 2t + 8, 2t + 9, of four pixels.
+template <int kC, int kSteps>
+struct Gather {  // any kernel: product i is tap i in the weight's order
+  int offset[kSteps][4];
+  uint32_t mask[2]{0, 0};  // of the last step's pairs: a zero weight would not silence an infinity
+
+  static PTX_FN int product(int index, int products) { return index < products ? index : -1; }
+
+  PTX_FN Gather(const Params& p, int pitch, int t) {
+    const int products = p.kernel_h * p.kernel_w * kC, line = p.kernel_w * kC;
+#pragma unroll
+    for (int step = 0; step < kSteps; ++step) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        const int i = step * 16 + 2 * t + e % 2 + e / 2 * 8;
+        offset[step][e] = i < products ? i / line * pitch + i % line : 0;
+        if (step == kSteps - 1 && i < products) mask[e / 2] |= 0xFFFFu << (e % 2 * 16);
+      }
+    }
+  }
+
+  // a[dy]: of the pixels (dy, dx) of the window whose first input pixel is `pixel`.
+  PTX_FN void operands(const uint16_t* pixel, int pitch, uint32_t (&a)[2][kSteps][4]) const {
+#pragma unroll
+    for (int i = 0; i < 2 * kSteps * 4; ++i) {
+      const int dy = i / (kSteps * 4), step = i / 4 % kSteps, dx = i % 2, half = i / 2 % 2;
+      const uint16_t* from = pixel + dy * pitch + dx * kC;
+      const uint32_t low = from[offset[step][2 * half]], high = from[offset[step][2 * half + 1]];
+      a[dy][step][i % 4] = low | high << 16;
+      if (step == kSteps - 1) a[dy][step][i % 4] &= mask[half];
+    }
+  }
+};
+
+// 3x3 of three channels: threads 0 to 2 hold eight taps of a channel each, so that the four pixels
+// of a window share a patch of 4x4; thread 3 the ninth tap of every channel.
+template <>
+struct Gather<3, 2> {
+  int first, rows, columns;  // offsets of the patch, of its lower and of its right half
+  uint32_t select[4];        // of __byte_perm: pairs of products, zeros where there are none
+
+  static PTX_FN int tap(int slot) {  // row and column of a thread's slot: 3 * row + column
+    constexpr int kOrder = 0x75431620;
+    return kOrder >> (4 * slot) & 15;
+  }
+  static PTX_FN int product(int index, int) {
+    const int t = index % 8 / 2, slot = index / 16 * 4 + index / 8 % 2 * 2 + index % 2;
+    if (t < 3) return tap(slot) * 3 + t;
+    return slot < 3 ? 8 * 3 + slot : -1;
+  }
+
+  PTX_FN Gather(const Params&, int pitch, int t) {
+    // Thread 3 sees a channel in each 2x2 part of its patch: taps 0, 2 and 6 of the others.
+    first = t < 3 ? t : 2 * pitch + 6;
+    rows = t < 3 ? 2 * pitch : 2;
+    columns = t < 3 ? 6 : 1;
+#pragma unroll
+    for (int pair = 0; pair < 4; ++pair)
+      select[pair] = t < 3 || pair == 0 ? 0x5410 : pair == 1 ? 0x3210 : 0x3232;
+  }
+
+  PTX_FN void operands(const uint16_t* pixel, int pitch, uint32_t (&a)[2][2][4]) const {
+    uint32_t patch[4][4];
+#pragma unroll
+    for (int i = 0; i < 16; ++i) {
+      const int y = i / 4, x = i % 4;
+      const uint16_t* part = pixel + first + y / 2 * rows + x / 2 * columns;
+      patch[y][x] = y + x < 6 ? part[y % 2 * pitch + x % 2 * 3] : 0;
+    }
+#pragma unroll
+    for (int i = 0; i < 16; ++i) {
+      const int dy = i / 8, dx = i % 2, pair = i / 2 % 4;
+      const int low = tap(2 * pair), high = tap(2 * pair + 1);
+      a[dy][pair / 2][i % 4] = __byte_perm(patch[low / 3 + dy][low % 3 + dx],
+                                           patch[high / 3 + dy][high % 3 + dx], select[pair]);
+    }
+  }
+};
+
 // A thread (g = lane / 4, t = lane % 4) gets columns 8j + 2t + b of the product; as channels these
 // are runs of 8, of which four lanes store 64 bytes in a row.
 PTX_FN int channel_of_column(int column) {
@@ -54,13 +134,14 @@ PTX_FN int channel_of_column(int column) {
 
 template <class T, int kC, int kSteps, int kN>
 PTX_FN void load_weights(const Params& p, uint16_t* weights, float* bias) {
-  const int taps = p.kernel_h * p.kernel_w * kC, first = blockIdx.y * kN;
+  const int products = p.kernel_h * p.kernel_w * kC, first = blockIdx.y * kN;
   for (int i = threadIdx.x; i < kN * kSteps * 16; i += kThreads) {
-    const int tap = i % (kSteps * 16), column = i / (kSteps * 16);
+    const int index = i % (kSteps * 16), column = i / (kSteps * 16);
+    const int product = Gather<kC, kSteps>::product(index, products);
     const int channel = first + channel_of_column(column);
-    weights[tap / 8 * (kN * 8) + column * 8 + tap % 8] =
-        tap < taps && channel < p.out_channels
-            ? p.weight[static_cast<int64_t>(channel) * taps + tap]
+    weights[index / 8 * (kN * 8) + column * 8 + index % 8] =
+        product >= 0 && channel < p.out_channels
+            ? p.weight[static_cast<int64_t>(channel) * products + product]
             : uint16_t{0};
   }
   for (int i = threadIdx.x; i < kN; i += kThreads)
@@ -194,21 +275,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   uint16_t* const pixels = reinterpret_cast<uint16_t*>(shared + S::kWeightBytes + kN * 4);
   const int warp = warp_id(), g = lane_id() / 4, t = lane_id() % 4;
 
-  // Where a thread's taps lie from a pixel's first; those beyond the kernel are masked, since zero
-  // weights would not silence an infinity.
-  const int taps = p.kernel_h * p.kernel_w * kC;
-  int offset[kSteps][4];
-  uint32_t mask[2]{0, 0};  // of the last step's pairs
-#pragma unroll
-  for (int step = 0; step < kSteps; ++step) {
-#pragma unroll
-    for (int e = 0; e < 4; ++e) {
-      const int tap = step * 16 + 2 * t + e % 2 + e / 2 * 8, line = p.kernel_w * kC;
-      offset[step][e] = tap < taps ? tap / line * S::kPitch + tap % line : 0;
-      if (step == kSteps - 1 && tap < taps) mask[e / 2] |= 0xFFFFu << (e % 2 * 16);
-    }
-  }
-
+  const Gather<kC, kSteps> gather(p, S::kPitch, t);
   load_weights<T, kC, kSteps, kN>(p, weights, bias);
   fence_proxy_async_shared();
   for (int64_t tile = blockIdx.x; tile < p.tiles; tile += gridDim.x) {
@@ -223,20 +290,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
     for (int y = warp / 2; y < kTile; y += 2) {
       if (at.y + (y & ~1) >= (p.pooled ? p.out_h : (p.out_h + 1) / 2)) break;  // for all four warps
       uint32_t a[2][kSteps][4];
-#pragma unroll
-      for (int dy = 0; dy < 2; ++dy) {
-        const uint16_t* pixel = pixels + (2 * y + dy) * S::kPitch + 2 * x * kC;
-#pragma unroll
-        for (int step = 0; step < kSteps; ++step) {
-#pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            const uint32_t low = pixel[offset[step][i / 2 * 2] + i % 2 * kC];
-            const uint32_t high = pixel[offset[step][i / 2 * 2 + 1] + i % 2 * kC];
-            a[dy][step][i] = low | high << 16;
-            if (step == kSteps - 1) a[dy][step][i] &= mask[i / 2];
-          }
-        }
-      }
+      gather.operands(pixels + 2 * y * S::kPitch + 2 * x * kC, S::kPitch, a);
       float sum[2][kN / 2];
       wgmma_fence();
 #pragma unroll
