@@ -1,0 +1,77 @@
+// Interface between the op conv_relu_pool2d and its CUDA kernels. Free of torch.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstddef>
+#include <cstdint>
+
+#include "../conv_relu_pool_geometry.h"
+
+namespace pyops::cuda {
+
+enum class DType : int { kFloat, kBFloat16, kHalf };
+
+inline int64_t element_size(DType dtype) { return dtype == DType::kFloat ? 4 : 2; }
+
+// Elements between neighbours along each axis of a 4-D tensor.
+struct Strides {
+  int64_t n, c, h, w;
+};
+
+// The compute capability (90 for 9.0) and the number of multiprocessors of the tensors' device.
+struct Device {
+  int capability, multiprocessors;
+};
+
+struct ConvPoolForward : ConvPoolGeometry {
+  DType dtype;
+  bool allow_tf32;  // float32 may be rounded to TF32 on its way into a product
+  Device device;
+
+  const void* input;  // (batch, in_channels, in_h, in_w), any strides
+  Strides in;
+  const void* weight;  // (out_channels, kernel_h, kernel_w, in_channels / groups), dense
+  const void* bias;    // (out_channels,) or null
+  void* output;        // (batch, out_channels, out_h, out_w), dense: out.c is 1 or out.w is 1
+  Strides out;
+  // One byte per output element, in output's layout, or null when no gradient is needed.
+  //   max: bits 0-6 the winner's place in its window, (y * pool_w + x) counted from the
+  //        unclipped window's corner; bit 7 set if the winner's pre-activation passes the
+  //        gradient whole (relu: not (value <= 0), leaky_relu: value > 0, none: always)
+  //   avg: bit (y * pool_w + x) set where that element passes the gradient whole
+  //   none: bit 0 likewise
+  uint8_t* codes;
+  // As many bytes as the kernel's workspace function says; aligned to 256.
+  void* workspace;
+};
+
+// The tensors lie as (batch, h, w, channels) without gaps.
+inline bool is_channels_last(const Strides& s, int64_t channels, int64_t h, int64_t w) {
+  return s.c == 1 && s.w == channels && s.h == w * channels && s.n == h * w * channels;
+}
+
+enum class ForwardKernel : int {
+  kNone,    // nothing takes this call
+  kHopper,  // wgmma and TMA, sm_90 only: bf16, fp16, channels_last, 16-byte aligned
+  kMma,     // mma.sync, sm_80 and later: bf16, fp16, TF32; any layout
+  kFma,     // exact float32; any layout
+};
+
+// Whether each takes this call, from shapes, dtype, strides, alignment and device alone.
+bool conv_relu_pool_forward_hopper_supports(const ConvPoolForward&);
+bool conv_relu_pool_forward_mma_supports(const ConvPoolForward&);
+bool conv_relu_pool_forward_fma_supports(const ConvPoolForward&);
+
+// Scratch that the kernel wants, in bytes.
+size_t conv_relu_pool_forward_hopper_workspace(const ConvPoolForward&);
+
+// Each throws std::runtime_error, with the kernel's name and sizes, if it cannot be launched.
+void conv_relu_pool_forward_hopper(const ConvPoolForward&, cudaStream_t);
+void conv_relu_pool_forward_mma(const ConvPoolForward&, cudaStream_t);
+void conv_relu_pool_forward_fma(const ConvPoolForward&, cudaStream_t);
+
+// The first of them, in the order of the enumeration, that takes this call.
+ForwardKernel conv_relu_pool_forward_kernel(const ConvPoolForward&);
+
+}  // namespace pyops::cuda
