@@ -7,7 +7,7 @@
 
 #include "state.h"
 
-#ifdef __SANITIZE_ADDRESS__
+#ifdef EMU_ASAN  // the kernels are compiled with -fsanitize=address
 #include <sanitizer/common_interface_defs.h>
 #define EMU_START_SWITCH(save, bottom) __sanitizer_start_switch_fiber(save, bottom, emu::kStack)
 #define EMU_FINISH_SWITCH(saved) __sanitizer_finish_switch_fiber(saved, nullptr, nullptr)
