@@ -72,6 +72,10 @@ void conv_relu_pool_forward_mma(const ConvPoolForward&, cudaStream_t);
 void conv_relu_pool_forward_fma(const ConvPoolForward&, cudaStream_t);
 
 // The first of them, in the order of the enumeration, that takes this call.
-ForwardKernel conv_relu_pool_forward_kernel(const ConvPoolForward&);
+inline ForwardKernel conv_relu_pool_forward_kernel(const ConvPoolForward& p) {
+  if (conv_relu_pool_forward_mma_supports(p)) return ForwardKernel::kMma;
+  if (conv_relu_pool_forward_fma_supports(p)) return ForwardKernel::kFma;
+  return ForwardKernel::kNone;
+}
 
 }  // namespace pyops::cuda

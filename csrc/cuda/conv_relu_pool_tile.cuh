@@ -11,16 +11,21 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
-#include <cmath>
-#include <limits>
+#include <climits>
 
 #include "conv_relu_pool.h"
 #include "ptx.cuh"
 
 namespace pyops::cuda::conv {
 
+#ifdef PYOPS_EMULATE
+#define PYOPS_DEVICE inline
+#else
+#define PYOPS_DEVICE __device__ __forceinline__
+#endif
+
 constexpr int kRows = 128;  // pixels of a tile
-constexpr int kOutside = std::numeric_limits<int>::min() / 2;
+constexpr int kOutside = INT_MIN / 2;
 
 enum class Rows : int { kFold, kLinear, kBox };
 
@@ -43,6 +48,19 @@ struct RowEntry {
   int y, x;      // y is kOutside for a row that is no pixel
 };
 
+// Walks k = (r, s, c) in steps.
+struct Tap {
+  int r = 0, s = 0, c = 0;
+
+  PYOPS_DEVICE void advance(int step, int channels, int kernel_w) {
+    c += step;
+    while (c >= channels) {
+      c -= channels;
+      if (++s == kernel_w) s = 0, ++r;
+    }
+  }
+};
+
 // A pooled output of the tile.
 struct OutputEntry {
   int64_t offset;  // from the output's first element, or -1
@@ -55,16 +73,15 @@ struct TileTables {
   OutputEntry outputs[kRows];
 };
 
-#ifdef PYOPS_EMULATE
-#define PYOPS_DEVICE inline
-#else
-#define PYOPS_DEVICE __device__ __forceinline__
-#endif
+PYOPS_DEVICE bool inside(const ConvPoolForward& p, const RowEntry& entry, int dy, int dx) {
+  return static_cast<unsigned>(entry.y + dy) < static_cast<unsigned>(p.in_h) &&
+         static_cast<unsigned>(entry.x + dx) < static_cast<unsigned>(p.in_w);
+}
 
 // a = quotient * b + remainder; the 32-bit division costs a fourth of the 64-bit one.
 PYOPS_DEVICE int divide(int64_t& a, int64_t b) {
   int64_t quotient;
-  if (a < std::numeric_limits<int>::max()) {
+  if (a < INT_MAX) {
     quotient = static_cast<uint32_t>(a) / static_cast<uint32_t>(b);
   } else {
     quotient = a / b;
@@ -136,7 +153,8 @@ PYOPS_DEVICE void fill_tables(const ConvPoolForward& p, const Tiling& t, int64_t
       entry.row = o;
       if (t.rows == Rows::kBox) {
         const int wx = o % t.box_w, rest = o / t.box_w;
-        const int top = rest / t.box_h * t.rows_h + rest % t.box_h * static_cast<int>(p.pool_stride_h);
+        const int top =
+            rest / t.box_h * t.rows_h + rest % t.box_h * static_cast<int>(p.pool_stride_h);
         entry.row = top * t.rows_w + wx * static_cast<int>(p.pool_stride_w);
       }
     }
@@ -195,18 +213,17 @@ struct alignas(4 * sizeof(T)) Four {
 
 // Pools (unless `folded`) and stores the tile. `sums`: (kRows, pitch) of the convolution without
 // bias, or with `folded`: (outputs, pitch) finished but for an average's division, their codes in
-// `codes`: (outputs, channels). Channels [first, first + channels) of the group's `limit`.
+// `codes`: (outputs, channels). The tile's first channel is `channel_start`; `limit` of them exist.
 template <class T>
 PYOPS_DEVICE void finish_tile(const ConvPoolForward& p, const Tiling& t, const TileTables& tables,
                               const float* sums, int pitch, const uint8_t* codes, bool folded,
-                              int64_t group_start, int first, int channels, int limit,
-                              int threads) {
+                              int64_t channel_start, int channels, int limit, int threads) {
   const int quads = channels / 4, items = t.outputs * quads;
   T* output = static_cast<T*>(p.output);
   const T* bias = static_cast<const T*>(p.bias);
   // Four channels at once where they lie side by side and aligned.
   const bool side_by_side = p.out.c == 1;
-  const bool wide = side_by_side && p.out_channels % 4 == 0 && (group_start + first) % 4 == 0 &&
+  const bool wide = side_by_side && p.out_channels % 4 == 0 && channel_start % 4 == 0 &&
                     reinterpret_cast<uintptr_t>(output) % sizeof(Four<T>) == 0 &&
                     reinterpret_cast<uintptr_t>(p.codes) % 4 == 0;
   for (int item = threadIdx.x; item < items; item += threads) {
@@ -214,9 +231,9 @@ PYOPS_DEVICE void finish_tile(const ConvPoolForward& p, const Tiling& t, const T
     const int o = side_by_side ? item / quads : item % t.outputs;
     const int quad = side_by_side ? item % quads : item / t.outputs;
     const OutputEntry entry = tables.outputs[o];
-    const int left = limit - (first + quad * 4);
+    const int left = limit - quad * 4;
     if (entry.offset < 0 || left <= 0) continue;
-    const int64_t channel = group_start + first + quad * 4;
+    const int64_t channel = channel_start + quad * 4;
     Window window[4];
     if (folded) {
       for (int i = 0; i < 4; ++i) {
