@@ -29,8 +29,9 @@ endif
 demo: $(READY)
 	$(RUN) -m pyops demo
 
+# One process a core where pytest-xdist is installed, as in .venv; all in one where it is not.
 test: $(READY)
-	$(RUN) -m pytest -q
+	$(RUN) -m pytest -q $$($(RUN) -c "import importlib.util as u; print('-n auto --maxprocesses 8 --dist worksteal' * bool(u.find_spec('xdist')))")
 
 bench: $(READY)
 	@status=0; for op in $(BENCHES); do $(RUN) -m pyops bench $$op --backward both --out $(OUT) || status=1; done; exit $$status

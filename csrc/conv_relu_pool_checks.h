@@ -1,12 +1,10 @@
-// What the CPU's and CUDA's registrations of conv_relu_pool2d share: checks of the arguments,
-// sizes, memory formats.
+// What the CPU's and CUDA's registrations of conv_relu_pool2d share: checks of the arguments
+// and sizes.
 #pragma once
 
-#include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
-#include <array>
 #include <string>
 
 #include "checks.h"
@@ -26,28 +24,6 @@ inline Pool pool_of(const std::string& name) {
   if (name == "avg") return Pool::kAvg;
   STD_TORCH_CHECK(name == "none", "pool: expected max, avg or none, got ", name);
   return Pool::kNone;
-}
-
-// channels_last where the channels lie innermost; contiguous for all else.
-inline bool lies_channels_last(const Tensor& t) {
-  return t.size(1) > 1 && t.stride(1) == 1 && !t.is_contiguous();
-}
-
-inline std::array<int64_t, 4> dense_strides(const std::array<int64_t, 4>& size,
-                                            bool channels_last) {
-  if (channels_last) return {size[1] * size[2] * size[3], 1, size[3] * size[1], size[1]};
-  return {size[1] * size[2] * size[3], size[2] * size[3], size[3], 1};
-}
-
-// The tensor itself if it already lies densely in that format, else a copy that does.
-inline Tensor as_dense(const Tensor& t, bool channels_last) {
-  const std::array<int64_t, 4> size = {t.size(0), t.size(1), t.size(2), t.size(3)};
-  const auto strides = dense_strides(size, channels_last);
-  bool dense = true;
-  for (int64_t i = 0; i < 4; ++i) dense = dense && (size[i] == 1 || t.stride(i) == strides[i]);
-  if (dense) return t;
-  return torch::stable::contiguous(t, channels_last ? torch::headeronly::MemoryFormat::ChannelsLast
-                                                    : torch::headeronly::MemoryFormat::Contiguous);
 }
 
 inline int64_t conv_extent(int64_t in, int64_t pad, int64_t dilation, int64_t kernel,

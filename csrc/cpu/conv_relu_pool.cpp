@@ -21,10 +21,6 @@ namespace {
 
 using IntList = std::vector<int64_t>;
 
-Tensor empty_dense(const std::array<int64_t, 4>& size, bool channels_last, ScalarType dtype) {
-  return empty_strided(size, dense_strides(size, channels_last), dtype);
-}
-
 ConvReluPoolParams make_params(const Tensor& input, const Tensor& weight,
                                const ConvPoolOptions& options) {
   ConvReluPoolParams p{};

@@ -12,6 +12,7 @@
 #include <cstdlib>
 
 #include "../checks.h"
+#include "../memory_format.h"
 #include "conv_relu_pool.h"
 
 namespace pyops::cuda {

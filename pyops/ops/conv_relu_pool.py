@@ -14,11 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._C._functorch import get_interpreter_stack
 
-from .. import backends
 from ..reference import conv_relu_pool as reference
 from ..reference.conv_relu_pool import ConvPoolSpec, codes_fit, conv_extents, pool_extents
 from . import _arguments as arguments
 from . import _registration as registration
+from ._choice import Plans, choose
 from .conv_relu_pool_rules import EagerFunction
 
 _OP = "conv_relu_pool2d"
@@ -98,14 +98,11 @@ def conv_relu_pool2d(
     if compiling:
         plan = _plan(facts, options, backend, needs_grad, input, weight, bias)
     else:
-        try:
-            # With the types, since True == 1 == 1.0.
-            key = (facts, options, *map(type, options), backend, needs_grad)
-            plan = _plans[key]
-        except (KeyError, TypeError):
-            # a new combination; or symbolic sizes and lists, which have no hash
-            plan = _plan(facts, options, backend, needs_grad, input, weight, bias)
-            _remember(key, plan)
+        plan = _plans.find(
+            (facts, options, backend, needs_grad),
+            options,
+            lambda: _plan(facts, options, backend, needs_grad, input, weight, bias),
+        )
     if plan.extra_padding is not None:
         input = F.pad(input, plan.extra_padding)
     use, flat = plan.backend, plan.flat
@@ -185,18 +182,7 @@ def _plan(
     return _Plan(use, spec, spec.flat(), extra)
 
 
-_plans: dict[Any, _Plan] = {}
-_MOST_PLANS = 4096
-
-
-def _remember(key: Any, plan: _Plan) -> None:
-    try:
-        hash(key)
-    except TypeError:
-        return
-    if len(_plans) >= _MOST_PLANS:
-        _plans.clear()
-    _plans[key] = plan
+_plans = Plans()
 
 
 def _spec(
@@ -294,25 +280,15 @@ def _choose(
     backend: str | None,
     needs_grad: bool,
 ) -> str:
-    if backend is not None:
-        arguments.one_of("backend", backend, backends.NAMES)
-        reason = backends.why_not(_OP, backend, device.type) or _refusal(
-            backend, input_shape, weight_shape, dtype, spec, needs_grad
-        )
-        if reason is not None:
-            raise RuntimeError(f"backend: {backend} cannot take this call: {reason}")
-        return backend
-    order, _ = backends.automatic(_OP, device)
-    for name in order:
-        if name == "reference":
-            break
+    def refusal(name: str) -> str | None:
+        return _refusal(name, input_shape, weight_shape, dtype, spec, needs_grad)
+
+    def passed_over(name: str) -> bool:
         if dtype == torch.float64 or input_shape[0] == 0:
-            continue
-        if name == "cpu" and _slower_on_cpu(input_shape, weight_shape, dtype, spec, needs_grad):
-            continue
-        if _refusal(name, input_shape, weight_shape, dtype, spec, needs_grad) is None:
-            return name
-    return "reference"
+            return True
+        return name == "cpu" and _slower_on_cpu(input_shape, weight_shape, dtype, spec, needs_grad)
+
+    return choose(_OP, device, backend, refusal, passed_over) or "reference"
 
 
 def _slower_on_cpu(
