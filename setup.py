@@ -114,7 +114,8 @@ class NinjaBuild(build_ext):
             "  depfile = $out.d\n  deps = gcc\n  description = $out",
             "rule nvcc",
             f"  command = {kernel_table} compile $out {nvcc} -std=c++17 -O3 -Xptxas -v "
-            "-Xcompiler -fPIC,-fvisibility=hidden $flags -MD -MF $out.d -c $in -o $out",
+            "-static-global-template-stub=false -Xcompiler -fPIC,-fvisibility=hidden $flags "
+            "-MD -MF $out.d -c $in -o $out",
             "  depfile = $out.d\n  deps = gcc\n  description = $out",
             "rule program",
             f"  command = {cxx} -no-pie $in -o $out $libs\n  description = $out",
@@ -157,7 +158,9 @@ class NinjaBuild(build_ext):
                 compile_to(to, "cxx", source, f"{include} -isystem {toolkit}/include -DUSE_CUDA")
             libs = f"  libs = -L{toolkit}/lib64 -lcudart_static -lrt -ldl -lpthread"
             lines.append(f"build {cuda}: link {' '.join(hosts + kernels)}\n{libs}")
-            lines.append(f"build {work}/kernel_plans: program {' '.join(program + kernels)}\n{libs}")
+            lines.append(
+                f"build {work}/kernel_plans: program {' '.join(program + kernels)}\n{libs}"
+            )
             lines.append(f"build {table}: table {work}/kernel_plans {' '.join(kernels)}")
         else:
             table.write_text("")

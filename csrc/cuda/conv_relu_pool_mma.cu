@@ -20,10 +20,8 @@ constexpr int kRowBytes = 64;  // of k in a stage: 4 chunks of 16 bytes, 2 steps
 template <int BlockChannels>
 struct MmaShape {
   static constexpr int kThreads = 2 * BlockChannels;  // warps of 64 rows x 32 channels
-  // Blocks a multiprocessor that registers must suffice for; element by element would spill.
-  static constexpr int resident(bool wide) {
-    return wide || BlockChannels < 128 ? 512 / kThreads : 1;
-  }
+  // Blocks a multiprocessor that registers must suffice for; more would spill element by element.
+  static constexpr int resident(bool wide) { return (wide ? 512 : 256) / kThreads; }
   static constexpr int kStageBytes = (kRows + BlockChannels) * kRowBytes;
   static constexpr int kPitch = BlockChannels + 8;  // floats; 8 keeps rows in different banks
   static constexpr size_t kTables = sizeof(TileTables);

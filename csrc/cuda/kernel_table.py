@@ -73,10 +73,10 @@ def table(out: str, plans_program: str, objects: list[str]) -> None:
     plans = launch_plans(plans_program)
     rows = []
     for kernel in [r for o in objects for r in json.loads(Path(o + ".json").read_text())]:
-        plan = plans.get(kernel.pop("symbol"))
-        if plan is None:
-            continue  # compiled for this architecture only to be refused there
-        threads, shared, name = plan
+        symbol = kernel.pop("symbol")
+        if symbol not in plans:
+            raise SystemExit(f"{symbol}: a kernel needs a KernelPlan (kernel_plan.h)")
+        threads, shared, name = plans[symbol]
         kernel["shared"] += shared
         used = {key: kernel[key] for key in ("arch", "registers", "shared")}
         blocks = blocks_per_multiprocessor(**used, threads=threads)
@@ -95,11 +95,10 @@ def launch_plans(program: str) -> dict[str, tuple[int, int, str]]:
     The program prints the address of each kernel's stub in itself; nm tells its symbol, which is
     the kernel's own.
     """
-    symbols = {}
-    for line in subprocess.check_output(["nm", program], text=True).splitlines():
-        address, _, name = line.rpartition(" ")
-        if address.strip():
-            symbols.setdefault(int(address.split()[0], 16), []).append(name)
+    symbols: dict[int, list[str]] = {}
+    for line in subprocess.check_output(["nm", "--defined-only", program], text=True).splitlines():
+        address, _, name = line.split()
+        symbols.setdefault(int(address, 16), []).append(name)
     plans = {}
     for line in subprocess.check_output([program], text=True).splitlines():
         address, threads, shared, name = line.split(" ", 3)
