@@ -66,7 +66,7 @@ def cuda_archs() -> str:
 
 
 def arch_flags(hopper_only: bool) -> str:
-    """nvcc's flags; a `*_hopper.cu` becomes code for 9.0a alone, where that is asked for."""
+    """nvcc's flags; a `*_wgmma*.cu` becomes code for 9.0a alone, where that is asked for."""
     archs = re.split(r"[ ;]+", cuda_archs().strip())
     if hopper_only and any(arch.startswith("9.0a") for arch in archs):
         archs = ["9.0a"]
@@ -119,6 +119,9 @@ class NinjaBuild(build_ext):
             "  depfile = $out.d\n  deps = gcc\n  description = $out",
             "rule program",
             f"  command = {cxx} -no-pie $in -o $out $libs\n  description = $out",
+            # Stands for a library of that name, which this machine may lack, in what needs it.
+            "rule stub",
+            f"  command = {cxx} -shared -Wl,-soname,libtorch_cuda.so -x c /dev/null -o $out",
             "rule table",
             f"  command = {kernel_table} table $out $in\n  description = $out",
             "rule link",
@@ -151,13 +154,19 @@ class NinjaBuild(build_ext):
             program: list[str] = []
             has_sm90a = "-DPYOPS_SM90A " if "9.0a" in cuda_archs() else ""
             for source in sorted((CSRC / "cuda").glob("*.cu")):
-                hopper = source.stem.endswith("_hopper")
+                hopper = "_wgmma" in source.stem
                 compile_to(kernels, "nvcc", source, has_sm90a + arch_flags(hopper))
             for source in sorted((CSRC / "cuda").glob("*.cpp")):
                 to = program if source.stem.endswith("_main") else hosts
                 compile_to(to, "cxx", source, f"{include} -isystem {toolkit}/include -DUSE_CUDA")
             libs = f"  libs = -L{toolkit}/lib64 -lcudart_static -lrt -ldl -lpthread"
-            lines.append(f"build {cuda}: link {' '.join(hosts + kernels)}\n{libs}")
+            lines.append(f"build {work}/libtorch_cuda.so: stub")
+            lines.append(
+                f"build {cuda}: link {' '.join(hosts + kernels)} | {work}/libtorch_cuda.so\n{libs}"
+            )
+            lines.append(
+                f" -L{torch}/lib -Wl,--no-as-needed -L{work} -ltorch_cuda -ltorch_cpu -lc10"
+            )
             lines.append(
                 f"build {work}/kernel_plans: program {' '.join(program + kernels)}\n{libs}"
             )

@@ -22,7 +22,7 @@ PROVEN: dict[tuple[str, str, tuple[int, int]], str] = {}
 
 # Ops and the native or Triton backends each has an implementation for.
 OPS: dict[str, tuple[str, ...]] = {
-    "conv_relu_pool2d": ("cpu", "triton"),
+    "conv_relu_pool2d": ("cpu", "triton", "cuda"),
     "conv_transpose2d_act": ("cpu", "triton"),
     "attention": ("cpu", "triton"),
     "attention_varlen": ("cpu", "triton"),
@@ -89,6 +89,8 @@ def why_not(op: str, backend: str, device_type: str | None = None) -> str | None
         return reason
     if backend in _missing:
         return _missing[backend]
+    if backend == "cuda" and not torch.cuda.is_available():
+        return "there is no CUDA GPU that torch can use"
     if device_type not in (None, backend):
         return f"backend {backend} takes {backend} tensors"
     return None
@@ -107,18 +109,19 @@ def automatic(op: str, device: torch.device) -> tuple[tuple[str, ...], str]:
             return ("cpu", "reference"), "compiled kernels for this CPU"
         return ("reference",), reason
     if device.type == "cuda":
-        capability = _capability(device.index or 0)
+        major_minor = capability(device)
         for backend in ("cuda", "triton"):
-            results = PROVEN.get((op, backend, capability))
+            results = PROVEN.get((op, backend, major_minor))
             if results and why_not(op, backend, "cuda") is None:
                 return (backend, "reference"), f"proven by {results}"
-        return ("reference",), f"no kernel is proven on sm_{capability[0]}{capability[1]} yet"
+        return ("reference",), f"no kernel is proven on sm_{major_minor[0]}{major_minor[1]} yet"
     return ("reference",), f"no kernels for device {device.type}"
 
 
 @functools.cache
-def _capability(index: int) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(index)
+def capability(device: torch.device) -> tuple[int, int]:
+    """Compute capability of a CUDA device: (9, 0) is sm_90."""
+    return torch.cuda.get_device_capability(device)
 
 
 def table() -> list[dict[str, str]]:

@@ -73,6 +73,7 @@ void conv_relu_pool_forward_fma(const ConvPoolForward&, cudaStream_t);
 
 // The first of them, in the order of the enumeration, that takes this call.
 inline ForwardKernel conv_relu_pool_forward_kernel(const ConvPoolForward& p) {
+  if (conv_relu_pool_forward_hopper_supports(p)) return ForwardKernel::kHopper;
   if (conv_relu_pool_forward_mma_supports(p)) return ForwardKernel::kMma;
   if (conv_relu_pool_forward_fma_supports(p)) return ForwardKernel::kFma;
   return ForwardKernel::kNone;

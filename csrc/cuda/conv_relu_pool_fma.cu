@@ -113,12 +113,6 @@ __global__ void __launch_bounds__(kFmaThreads)
                      limit, kFmaThreads);
 }
 
-namespace {
-
-const KernelPlan plan(reinterpret_cast<const void*>(&conv_relu_pool_forward_fma_kernel),
-                      kFmaThreads, kFmaSmem, "conv_relu_pool_forward_fma");
-
-}  // namespace
 }  // namespace pyops::cuda::conv
 
 namespace pyops::cuda {
@@ -131,7 +125,8 @@ void conv_relu_pool_forward_fma(const ConvPoolForward& p, cudaStream_t stream) {
   const conv::Tiling t = conv::make_tiling(p, conv::kFmaChannels, false);
   const unsigned blocks = static_cast<unsigned>(t.tiles * t.channel_blocks * p.groups);
   launch({"conv_relu_pool_forward_fma", blocks, conv::kFmaThreads, 1, conv::kFmaSmem, stream},
-         conv::conv_relu_pool_forward_fma_kernel, p, t);
+         planned<conv::conv_relu_pool_forward_fma_kernel, conv::kFmaThreads, conv::kFmaSmem>(), p,
+         t);
 }
 
 }  // namespace pyops::cuda

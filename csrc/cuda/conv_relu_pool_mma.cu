@@ -313,7 +313,9 @@ void run(const ConvPoolForward& p, const Tiling& t, cudaStream_t stream) {
   using Shape = MmaShape<BlockChannels>;
   const unsigned blocks = static_cast<unsigned>(t.tiles * t.channel_blocks * p.groups);
   launch({"conv_relu_pool_forward_mma", blocks, Shape::kThreads, 1, Shape::kSmem, stream},
-         conv_relu_pool_forward_mma_kernel<T, BlockChannels, Wide>, p, t);
+         planned<conv_relu_pool_forward_mma_kernel<T, BlockChannels, Wide>, Shape::kThreads,
+                 Shape::kSmem>(),
+         p, t);
 }
 
 template <class T>
@@ -329,19 +331,6 @@ void dispatch(const ConvPoolForward& p, cudaStream_t stream) {
     broad ? run<T, 128, false>(p, t, stream) : run<T, 64, false>(p, t, stream);
   }
 }
-
-#define PYOPS_PLAN(T, CHANNELS, WIDE, NAME)                                                 \
-  const KernelPlan plan_##T##_##CHANNELS##_##WIDE(                                          \
-      reinterpret_cast<const void*>(&conv_relu_pool_forward_mma_kernel<T, CHANNELS, WIDE>), \
-      MmaShape<CHANNELS>::kThreads, MmaShape<CHANNELS>::kSmem, "conv_relu_pool_forward_mma " NAME)
-#define PYOPS_PLANS(T, NAME)                                \
-  PYOPS_PLAN(T, 64, true, NAME ", 64 channels");            \
-  PYOPS_PLAN(T, 64, false, NAME ", 64 channels, elements"); \
-  PYOPS_PLAN(T, 128, true, NAME ", 128 channels");          \
-  PYOPS_PLAN(T, 128, false, NAME ", 128 channels, elements")
-PYOPS_PLANS(__nv_bfloat16, "bf16");
-PYOPS_PLANS(__half, "fp16");
-PYOPS_PLANS(float, "tf32");
 
 }  // namespace
 }  // namespace pyops::cuda::conv

@@ -6,6 +6,6 @@
 
 int main() {
   for (auto plan = pyops::cuda::KernelPlan::first(); plan; plan = plan->next) {
-    std::printf("%p %d %zu %s\n", plan->kernel, plan->threads, plan->shared, plan->name);
+    std::printf("%p %d %zu\n", plan->kernel, plan->threads, plan->shared);
   }
 }

@@ -76,21 +76,30 @@ def table(out: str, plans_program: str, objects: list[str]) -> None:
         symbol = kernel.pop("symbol")
         if symbol not in plans:
             raise SystemExit(f"{symbol}: a kernel needs a KernelPlan (kernel_plan.h)")
-        threads, shared, name = plans[symbol]
+        threads, shared = plans[symbol]
         kernel["shared"] += shared
         used = {key: kernel[key] for key in ("arch", "registers", "shared")}
         blocks = blocks_per_multiprocessor(**used, threads=threads)
         most_threads = LIMITS.get(kernel["arch"], NEWER)[1]
         occupancy = blocks * threads / most_threads
-        rows.append({"kernel": name, **kernel, "threads": threads, "occupancy": occupancy})
+        rows.append(
+            {"kernel": readable(symbol), **kernel, "threads": threads, "occupancy": occupancy}
+        )
     rows.sort(key=lambda row: (row["kernel"], row["arch"]))
     Path(out + ".json").write_text(json.dumps(rows, indent=1))
     cells = [", ".join(json.dumps(value) for value in row.values()) for row in rows]
     Path(out).write_text("".join(f"{{{line}}},\n" for line in cells))
 
 
-def launch_plans(program: str) -> dict[str, tuple[int, int, str]]:
-    """Symbol of a kernel -> (threads, bytes of dynamic shared memory, readable name).
+def readable(symbol: str) -> str:
+    """The kernel's name and template arguments, without namespaces and parameters."""
+    name = subprocess.check_output(["c++filt", symbol], text=True).strip()
+    name = re.sub(r"(\w+|\(anonymous namespace\))::", "", name.removeprefix("void "))
+    return re.sub(r"(?<=[>\w])\(.*", "", name)  # a cast among the arguments follows neither
+
+
+def launch_plans(program: str) -> dict[str, tuple[int, int]]:
+    """Symbol of a kernel -> (threads, bytes of dynamic shared memory).
 
     The program prints the address of each kernel's stub in itself; nm tells its symbol, which is
     the kernel's own.
@@ -101,9 +110,9 @@ def launch_plans(program: str) -> dict[str, tuple[int, int, str]]:
         symbols.setdefault(int(address, 16), []).append(name)
     plans = {}
     for line in subprocess.check_output([program], text=True).splitlines():
-        address, threads, shared, name = line.split(" ", 3)
+        address, threads, shared = line.split()
         for symbol in symbols[int(address, 16)]:
-            plans[symbol] = (int(threads), int(shared), name)
+            plans[symbol] = (int(threads), int(shared))
     return plans
 
 
