@@ -38,7 +38,7 @@ WgmmaPlan conv_relu_pool_wgmma_plan(const ConvPoolForward&, Addressing);
 void conv_relu_pool_forward_wgmma(const ConvPoolForward&, Addressing, cudaStream_t);
 bool conv_relu_pool_forward_wgmma_supports(const ConvPoolForward&);
 
-// 1 or 3 input channels, up to 32 products an output.
+// 3x3 of 3 input channels, or 1 channel and up to 32 taps.
 constexpr int kMostStemKernel = 5;
 void conv_relu_pool_forward_wgmma_stem(const ConvPoolForward&, cudaStream_t);
 bool conv_relu_pool_forward_wgmma_stem_supports(const ConvPoolForward&);

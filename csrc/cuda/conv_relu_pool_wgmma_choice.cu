@@ -56,10 +56,13 @@ bool conv_relu_pool_forward_wgmma_supports(const ConvPoolForward& f) {
 
 bool conv_relu_pool_forward_wgmma_stem_supports(const ConvPoolForward& f) {
   const int64_t products = f.kernel_h * f.kernel_w * f.in_channels;
-  return takes(f) && (f.in_channels == 1 || (f.in_channels == 3 && products > 16)) &&
-         products <= 32 && f.kernel_h <= kMostStemKernel && f.kernel_w <= kMostStemKernel &&
-         // Offsets within an image are 32 bits wide.
-         2 * std::abs(f.in.c) + f.in_h * std::abs(f.in.h) + f.in_w * std::abs(f.in.w) < kMostSize;
+  const bool kernel = f.in_channels == 1 ? products <= 32 && f.kernel_h <= kMostStemKernel &&
+                                               f.kernel_w <= kMostStemKernel
+                                         : f.in_channels == 3 && f.kernel_h == 3 && f.kernel_w == 3;
+  return takes(f) && kernel &&
+         // Offsets within an image are 32 bits wide, in bytes.
+         2 * (2 * f.in.c + f.in_h * f.in.h + f.in_w * f.in.w) < kMostSize && f.in.c >= 0 &&
+         f.in.h >= 0 && f.in.w >= 0;
 }
 
 WgmmaPlan conv_relu_pool_wgmma_plan(const ConvPoolForward& f, Addressing addressing) {
