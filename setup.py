@@ -160,17 +160,13 @@ class NinjaBuild(build_ext):
                 to = program if source.stem.endswith("_main") else hosts
                 compile_to(to, "cxx", source, f"{include} -isystem {toolkit}/include -DUSE_CUDA")
             libs = f"  libs = -L{toolkit}/lib64 -lcudart_static -lrt -ldl -lpthread"
-            lines.append(f"build {work}/libtorch_cuda.so: stub")
-            lines.append(
-                f"build {cuda}: link {' '.join(hosts + kernels)} | {work}/libtorch_cuda.so\n{libs}"
-            )
-            lines.append(
-                f" -L{torch}/lib -Wl,--no-as-needed -L{work} -ltorch_cuda -ltorch_cpu -lc10"
-            )
-            lines.append(
-                f"build {work}/kernel_plans: program {' '.join(program + kernels)}\n{libs}"
-            )
-            lines.append(f"build {table}: table {work}/kernel_plans {' '.join(kernels)}")
+            stub = work / "libtorch_cuda.so"
+            lines.append(f"build {stub}: stub")
+            lines.append(f"build {cuda}: link {' '.join(hosts + kernels)} | {stub}")
+            lines.append(f"{libs} -L{torch}/lib -ltorch_cpu -lc10 -Wl,--no-as-needed {stub}")
+            plans = work / "kernel_plans"
+            lines.append(f"build {plans}: program {' '.join(program + kernels)}\n{libs}")
+            lines.append(f"build {table}: table {plans} {' '.join(kernels)}")
         else:
             table.write_text("")
         objects = []

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import json
 import os
 from pathlib import Path
 
@@ -15,10 +16,16 @@ import torch
 
 NAMES = ("reference", "cpu", "triton", "cuda")
 
+
+def _read_proven() -> dict[tuple[str, str, tuple[int, int]], str]:
+    rows = json.loads((Path(__file__).parent / "proven.json").read_text())
+    return {(r["op"], r["backend"], tuple(r["capability"])): r["results"] for r in rows}
+
+
 # (op, backend, compute capability) -> the results file of the run that proved it. Automatic choice
 # takes no GPU kernel that is not listed here: a kernel enters after `make gpu-test` has passed on
-# that architecture and its results are committed under benchmarks/results/.
-PROVEN: dict[tuple[str, str, tuple[int, int]], str] = {}
+# that architecture and its results are committed under benchmarks/results/ (pyops/bench/proven.py).
+PROVEN = _read_proven()
 
 # Ops and the native or Triton backends each has an implementation for.
 OPS: dict[str, tuple[str, ...]] = {

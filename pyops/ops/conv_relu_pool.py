@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._C._functorch import get_interpreter_stack
 
+from .. import backends
 from ..reference import conv_relu_pool as reference
 from ..reference.conv_relu_pool import ConvPoolSpec, codes_fit, conv_extents, pool_extents
 from . import _arguments as arguments
