@@ -78,7 +78,8 @@ class Poisoned(NamedTuple):
     @classmethod
     def copy(cls, tensor, offset=0) -> Poisoned:
         made = cls.make(tensor.shape, tensor.stride(), tensor.dtype, offset)
-        made.tensor.copy_(tensor)
+        once = tuple(slice(0, 1) if step == 0 else slice(None) for step in tensor.stride())
+        made.tensor[once].copy_(tensor[once])  # an expanded axis lies there once
         return made
 
     def only_inside_written(self) -> bool:
