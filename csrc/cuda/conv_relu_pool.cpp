@@ -8,6 +8,7 @@
 #include <optional>
 #include <string>
 #include <tuple>
+#include <vector>
 
 #include "../conv_relu_pool_checks.h"
 #include "tensors.h"
@@ -115,10 +116,101 @@ std::tuple<Tensor, Tensor> forward(const Tensor& input, const Tensor& weight,
   return {output, codes};
 }
 
+template <bool AllowTf32>
+std::tuple<Tensor, Tensor, Tensor> backward(
+    const Tensor& grad_output, const Tensor& input, const Tensor& weight, const Tensor& codes,
+    int64_t stride_h, int64_t stride_w, int64_t padding_h, int64_t padding_w, int64_t dilation_h,
+    int64_t dilation_w, int64_t groups, std::string activation, double negative_slope,
+    std::string pool, int64_t pool_h, int64_t pool_w, int64_t pool_stride_h, int64_t pool_stride_w,
+    int64_t pool_padding_h, int64_t pool_padding_w, bool ceil_mode, std::vector<bool> output_mask) {
+  const ConvPoolOptions options{{stride_h, stride_w},
+                                {padding_h, padding_w},
+                                {dilation_h, dilation_w},
+                                groups,
+                                activation,
+                                negative_slope,
+                                pool,
+                                {pool_h, pool_w},
+                                {pool_stride_h, pool_stride_w},
+                                {pool_padding_h, pool_padding_w},
+                                ceil_mode};
+  ConvPoolBackward p{};
+  static_cast<ConvPoolGeometry&>(p) = make_geometry(input, weight, options);
+  p.dtype = dtype_of("input", input);
+  p.allow_tf32 = AllowTf32;
+  STD_TORCH_CHECK(output_mask.size() == 3, "output_mask: expected three booleans, got ",
+                  output_mask.size());
+  STD_TORCH_CHECK(codes_fit(p), "pool_size: a window of ", p.pool_h, " x ", p.pool_w,
+                  " is too large for backend cuda when gradients are needed");
+  const std::vector<int64_t> out_shape = {p.batch, p.out_channels, p.out_h, p.out_w};
+  check_shape("grad_output", grad_output, out_shape);
+  check_same("grad_output", grad_output, "input", input);
+  const bool by_codes = stores_codes(p);
+  const bool by_output = !by_codes && p.activation != Activation::kNone;
+  if (by_codes || by_output) check_shape("codes", codes, out_shape);
+  if (by_codes) {
+    STD_TORCH_CHECK(codes.scalar_type() == ScalarType::Byte, "codes: expected dtype uint8");
+  } else if (by_output) {
+    check_same("codes", codes, "input", input);
+  }
+
+  const torch::stable::accelerator::DeviceGuard guard(input.get_device_index());
+  p.device = device_of(input);
+  const ScalarType dtype = input.scalar_type();
+  Tensor grad_input = empty_vector(input, 0, dtype);
+  Tensor grad_weight = empty_vector(input, 0, dtype);
+  Tensor grad_bias = empty_vector(input, 0, dtype);
+  if (output_mask[0]) {
+    grad_input = empty_dense(input, {p.batch, p.in_channels, p.in_h, p.in_w},
+                             lies_channels_last(input), dtype);
+  }
+  if (p.batch == 0) {
+    if (output_mask[1]) grad_weight = torch::stable::new_zeros(weight, weight.sizes());
+    if (output_mask[2]) grad_bias = torch::stable::new_zeros(weight, {p.out_channels});
+    return {grad_input, grad_weight, grad_bias};
+  }
+  if (output_mask[0]) {
+    p.grad_input = grad_input.mutable_data_ptr();
+    p.grad_in = strides_of(grad_input);
+  }
+  if (output_mask[1]) {
+    grad_weight =
+        empty_dense(input, {p.out_channels, weight.size(1), p.kernel_h, p.kernel_w}, false, dtype);
+    p.grad_weight = grad_weight.mutable_data_ptr();
+  }
+  if (output_mask[2]) {
+    grad_bias = empty_vector(input, p.out_channels, dtype);
+    p.grad_bias = grad_bias.mutable_data_ptr();
+  }
+  const Tensor grad = as_dense(grad_output, true);
+  const Tensor selector = by_codes || by_output ? as_dense(codes, true) : codes;
+  const bool copied = input.stride(1) != 1 && p.in_channels / p.groups >= kChannelsCopied;
+  const Tensor x = copied ? as_dense(input, true) : input;
+  const Tensor w = as_dense(weight, true);
+  p.grad_output = grad.const_data_ptr();
+  if (by_codes) p.codes = static_cast<const uint8_t*>(selector.const_data_ptr());
+  if (by_output) p.output = selector.const_data_ptr();
+  p.input = x.const_data_ptr();
+  p.in = strides_of(x);
+  p.weight = w.const_data_ptr();
+  const Tensor expanded =
+      expands(p) ? empty_dense(input, {p.batch, p.out_channels, p.conv_h, p.conv_w}, true, dtype)
+                 : grad;
+  p.expanded = expanded.data_ptr();
+  const size_t bytes = conv_relu_pool_backward_workspace(p);
+  Tensor workspace = empty_vector(input, static_cast<int64_t>(bytes), ScalarType::Byte);
+  p.workspace = workspace.mutable_data_ptr();
+  conv_relu_pool_backward(
+      p, [&](ConvPoolForward& f) { run_forward(f, input); }, current_stream(input));
+  return {grad_input, grad_weight, grad_bias};
+}
+
 }  // namespace
 }  // namespace pyops::cuda
 
 STABLE_TORCH_LIBRARY_IMPL(pyops, CUDA, m) {
   m.impl("conv_relu_pool2d", TORCH_BOX(&pyops::cuda::forward<false>));
+  m.impl("conv_relu_pool2d_backward", TORCH_BOX(&pyops::cuda::backward<false>));
   m.impl("conv_relu_pool2d_tf32", TORCH_BOX(&pyops::cuda::forward<true>));
+  m.impl("conv_relu_pool2d_tf32_backward", TORCH_BOX(&pyops::cuda::backward<true>));
 }

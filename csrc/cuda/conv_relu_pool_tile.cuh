@@ -192,7 +192,7 @@ struct Window {
 };
 
 // What torch divides an average by: padding counts, what ceil_mode adds beyond it does not.
-PYOPS_DEVICE float average_size(const ConvPoolForward& p, int y, int x) {
+PYOPS_DEVICE float average_size(const ConvPoolGeometry& p, int y, int x) {
   const int64_t bottom = p.conv_h + p.pool_pad_h, right = p.conv_w + p.pool_pad_w;
   const int64_t rows = y + p.pool_h < bottom ? p.pool_h : bottom - y;
   const int64_t columns = x + p.pool_w < right ? p.pool_w : right - x;

@@ -15,7 +15,10 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 CUDA = ROOT / "csrc" / "cuda"
 SOURCES = [
     HERE / "conv_relu_pool_entry.cpp",
-    *(CUDA / f"conv_relu_pool_{part}.cu" for part in ("tile", "mma", "fma")),
+    *(
+        CUDA / f"conv_relu_pool_{part}.cu"
+        for part in ("tile", "mma", "fma", "expand", "grad_weight")
+    ),
 ]
 _MARGIN = 256  # elements of poison before and after a tensor
 _MULTIPROCESSORS = 2
@@ -146,3 +149,56 @@ def forward(
     )
     assert out.only_inside_written() and coded.only_inside_written()
     return out.tensor, coded.tensor if codes else None
+
+
+def gradients(
+    library: Emulated,
+    x,
+    w,
+    grad,
+    selector,
+    spec: ConvPoolSpec,
+    *,
+    tf32=False,
+    offset=0,
+    **how,
+):
+    """Gradients of input (as it lies), weight and bias; selector: codes, or the output, or None."""
+
+    def last(t):
+        return Poisoned.copy(t.contiguous(memory_format=torch.channels_last), offset).tensor
+
+    inputs = Poisoned.copy(x, offset)
+    weights = Poisoned.copy(w.permute(0, 2, 3, 1).contiguous(), offset).tensor
+    conv_shape = (x.shape[0], w.shape[0], *conv_extents(x.shape, w.shape, spec))
+    expanded = Poisoned.make(conv_shape, dense_strides(conv_shape, True), x.dtype)
+    results = [
+        Poisoned.make(t, s, x.dtype, offset)
+        for t, s in ((x.shape, x.stride()), (w.shape, w.stride()), (w.shape[:1], (1,)))
+    ]
+    sizes = sizes_of(inputs.tensor, w, spec, grad, tf32)
+    size = library.library.conv_relu_pool_workspace
+    size.restype = ctypes.c_int64
+    workspace = Poisoned.make((size(sizes) // 4 + 1,), (1,), torch.float32)
+    coded = selector is not None and selector.dtype == torch.uint8
+    library.call(
+        "conv_relu_pool_gradients",
+        sizes,
+        spec.negative_slope,
+        last(grad),
+        last(selector) if coded else None,
+        last(selector) if selector is not None and not coded else None,
+        inputs.tensor,
+        weights,
+        expanded.tensor if needs_expansion(spec) else last(grad),
+        *(result.tensor for result in results),
+        workspace.tensor,
+        **how,
+    )
+    for each in (*results, expanded, workspace):
+        assert each.only_inside_written()
+    return tuple(result.tensor for result in results)
+
+
+def needs_expansion(spec: ConvPoolSpec) -> bool:
+    return spec.pool != "none" or spec.activation != "none"

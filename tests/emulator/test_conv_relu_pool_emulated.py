@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conv_relu_pool_emulated import DTYPES, SOURCES, forward, plain, spec_of
+from conv_relu_pool_emulated import DTYPES, SOURCES, forward, gradients, plain, spec_of
+from torch.nn import grad as nn_grad
 
 from build import Emulated, missing
-from pyops.reference.conv_relu_pool import make_codes, stores_codes
-from pyops.testing import assert_within_budget
+from pyops.reference.conv_relu_pool import Expansion, make_codes, stores_codes
+from pyops.testing import GRADIENT_BUDGET, assert_within_budget
 
 pytestmark = pytest.mark.skipif(missing() is not None, reason=str(missing()))
 
@@ -156,3 +157,35 @@ def test_every_order_of_events_gives_the_same_bits():
             ]  # fmt: skip
             for out, codes in runs[1:]:
                 assert torch.equal(out, runs[0][0]) and torch.equal(codes, runs[0][1])
+
+
+@pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "nhwc"])
+@pytest.mark.parametrize("name", [name for name in SHAPES if name != "a window of 128"])
+def test_gradients_are_exact_on_integers(library, name, channels_last):
+    x_shape, w_shape, options = SHAPES[name]
+    order = list(SHAPES).index(name)
+    dtype = DTYPES[(order + channels_last) % 3]
+    activation = ("relu", "leaky_relu", "none")[order % 3]
+    spec = spec_of(activation=activation, slope=0.25, **options)
+    x, w, b = integers(x_shape, w_shape, dtype, channels_last)
+    before, out = plain(x.double(), w.double(), b.double(), spec)
+    grad = torch.randint(-2, 3, out.shape).to(dtype)
+    selector = make_codes(before, spec) if stores_codes(spec) else out.to(dtype)
+    if activation == "none" and spec.pool == "none":
+        selector = None
+    # Averages are no integers, and lose digits in TF32.
+    tf32 = order % 2 == 0 and spec.pool != "avg"
+    results = gradients(library, x, w, grad, selector, spec, tf32=tf32)
+    expanded = Expansion(before if selector is None else selector, spec, before.shape[2:])
+    dense = expanded.expand(grad.double())
+    geometry = (spec.stride, spec.padding, spec.dilation, spec.groups)
+    wants = (
+        nn_grad.conv2d_input(x.shape, w.double(), dense, *geometry),
+        nn_grad.conv2d_weight(x.double(), w.shape, dense, *geometry),
+        dense.sum((0, 2, 3)),
+    )
+    for result, want in zip(results, wants, strict=True):
+        if spec.pool == "avg":
+            assert_within_budget(result, want.to(dtype), want, k=GRADIENT_BUDGET)
+        else:
+            assert torch.equal(result.double(), want.to(dtype).double())
