@@ -8,6 +8,7 @@
 extern uint3 threadIdx, blockIdx;
 extern dim3 blockDim, gridDim;
 constexpr int warpSize = 32;
+#undef __launch_bounds__
 #define __launch_bounds__(...)
 
 #define EMU_AT const char *file = __builtin_FILE(), int line = __builtin_LINE()

@@ -19,7 +19,13 @@ def library():
     return Emulated(SOURCES)
 
 
-# Input, weight, options; channels_last: False, True, or both.
+@pytest.fixture(scope="module")
+def racing():
+    """With race detection: every unordered access to shared memory is an error."""
+    return Emulated(SOURCES, "race")
+
+
+# Input, weight, options.
 SHAPES = {
     "3x3, 2x2 windows": ((2, 16, 9, 10), (24, 16, 3, 3), {"padding": 1}),
     "more channels than a block": ((1, 40, 6, 6), (136, 40, 3, 3), {"padding": 1}),
@@ -143,9 +149,7 @@ def test_unaligned_and_odd_strides(library, dtype):
     assert torch.equal(out.double(), once.expand(3, -1, -1, -1))
 
 
-def test_every_order_of_events_gives_the_same_bits():
-    """With race detection: no unordered access to shared memory, and equal results."""
-    racing = Emulated(SOURCES, "race")
+def test_every_order_of_events_gives_the_same_bits(racing):
     for dtype, shape in ((torch.bfloat16, "3x3, 2x2 windows"), (torch.float32, "overlapping")):
         x_shape, w_shape, options = SHAPES[shape]
         x = torch.randn(x_shape).to(dtype).contiguous(memory_format=torch.channels_last)
@@ -189,3 +193,73 @@ def test_gradients_are_exact_on_integers(library, name, channels_last):
             assert_within_budget(result, want.to(dtype), want, k=GRADIENT_BUDGET)
         else:
             assert torch.equal(result.double(), want.to(dtype).double())
+
+
+# The last has enough pixels for the weight's gradient to be summed in several parts.
+GRADIENT_SHAPES = {
+    "2x2 windows": ((2, 16, 9, 10), (24, 16, 3, 3), {"padding": 1}),
+    "overlapping, stride": ((1, 8, 15, 14), (8, 8, 3, 3),
+        {"stride": 2, "padding": 1, "pool_size": 3, "pool_stride": 2}),
+    "average": ((2, 8, 8, 9), (16, 8, 3, 3), {"pool": "avg", "activation": "leaky_relu", "slope": 0.1}),
+    "parts": ((4, 8, 20, 20), (9, 8, 3, 3), {"padding": 1, "pool": "none"}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16", "tf32", "exact"])
+@pytest.mark.parametrize("name", GRADIENT_SHAPES)
+def test_error_budget_of_gradients(library, name, precision):
+    x_shape, w_shape, options = GRADIENT_SHAPES[name]
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
+    spec = spec_of(**options)
+    x = torch.randn(x_shape).to(dtype).contiguous(memory_format=torch.channels_last)
+    w = (torch.randn(w_shape) / (w_shape[1] * w_shape[2] * w_shape[3]) ** 0.5).to(dtype)
+    before, out = plain(x.double(), w.double(), None, spec)
+    # One selector for all three, so that near ties are no matter of rounding.
+    selector = make_codes(before, spec) if stores_codes(spec) else out.to(dtype)
+    grad = torch.randn(out.shape).to(dtype)
+    results = gradients(library, x, w, grad, selector, spec, tf32=precision == "tf32")
+
+    def wanted(x, w, grad):
+        dense = Expansion(selector, spec, before.shape[2:]).expand(grad)
+        geometry = (spec.stride, spec.padding, spec.dilation, spec.groups)
+        operand = to_tf32(dense).to(dense.dtype) if precision == "tf32" else dense
+        return (
+            nn_grad.conv2d_input(x.shape, w, operand, *geometry),
+            nn_grad.conv2d_weight(x, w.shape, operand, *geometry),
+            dense.sum((0, 2, 3)),
+        )
+
+    if precision == "tf32":
+        x, w = to_tf32(x), to_tf32(w)
+    lowp, exact = wanted(x.contiguous(), w, grad), wanted(x.double(), w.double(), grad.double())
+    for result, low, want in zip(results, lowp, exact, strict=True):
+        assert_within_budget(result, low, want, k=GRADIENT_BUDGET)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gradients_of_unaligned_tensors(library, dtype):
+    spec = spec_of(padding=1)
+    x, w, b = integers((2, 16, 9, 10), (16, 16, 3, 3), dtype, True)
+    before, out = plain(x.double(), w.double(), b.double(), spec)
+    grad, codes = torch.randint(-2, 3, out.shape).to(dtype), make_codes(before, spec)
+    straight = gradients(library, x, w, grad, codes, spec)
+    for shifted, want in zip(
+        gradients(library, x, w, grad, codes, spec, offset=1), straight, strict=True
+    ):
+        assert torch.equal(shifted, want)
+
+
+def test_gradients_are_the_same_bits_in_every_order_of_events(racing):
+    for dtype, tf32 in ((torch.bfloat16, False), (torch.float32, True), (torch.float32, False)):
+        x_shape, w_shape, options = GRADIENT_SHAPES["overlapping, stride"]
+        spec = spec_of(**options)
+        x, w, b = integers(x_shape, w_shape, dtype, True)
+        before, out = plain(x.double(), w.double(), b.double(), spec)
+        grad, codes = torch.randn(out.shape).to(dtype), make_codes(before, spec)
+        runs = [
+            gradients(racing, x, w, grad, codes, spec, tf32=tf32, seed=seed, mode=mode)
+            for seed, mode in ((0, "early"), (1, "late"), (2, "random"))
+        ]
+        for results in runs[1:]:
+            for result, first in zip(results, runs[0], strict=True):
+                assert torch.equal(result, first)
