@@ -8,7 +8,7 @@ from conv_relu_pool_emulated import DTYPES, SOURCES, forward, gradients, plain, 
 from torch.nn import grad as nn_grad
 
 from build import Emulated, missing
-from pyops.reference.conv_relu_pool import Expansion, make_codes, stores_codes
+from pyops.reference.conv_relu_pool import Expansion, conv_extents, make_codes, stores_codes
 from pyops.testing import GRADIENT_BUDGET, assert_within_budget
 
 pytestmark = pytest.mark.skipif(missing() is not None, reason=str(missing()))
@@ -101,7 +101,8 @@ def test_error_budget(library, name, precision):
 
 def to_tf32(t):
     """Rounded to 10 bits of mantissa, to nearest, ties away from zero."""
-    return ((t.contiguous().view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
+    bits = t.float().contiguous().view(torch.int32)
+    return ((bits + 0x1000) & ~0x1FFF).view(torch.float32).to(t.dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -180,19 +181,26 @@ def test_gradients_are_exact_on_integers(library, name, channels_last):
     # Averages are no integers, and lose digits in TF32.
     tf32 = order % 2 == 0 and spec.pool != "avg"
     results = gradients(library, x, w, grad, selector, spec, tf32=tf32)
-    expanded = Expansion(before if selector is None else selector, spec, before.shape[2:])
-    dense = expanded.expand(grad.double())
-    geometry = (spec.stride, spec.padding, spec.dilation, spec.groups)
-    wants = (
-        nn_grad.conv2d_input(x.shape, w.double(), dense, *geometry),
-        nn_grad.conv2d_weight(x.double(), w.shape, dense, *geometry),
-        dense.sum((0, 2, 3)),
-    )
-    for result, want in zip(results, wants, strict=True):
+    selector = before if selector is None else selector
+    wants = plain_gradients(x.double(), w.double(), grad.double(), selector, spec)
+    lows = plain_gradients(x.contiguous(), w, grad, selector, spec)
+    for result, want, low in zip(results, wants, lows, strict=True):
         if spec.pool == "avg":
-            assert_within_budget(result, want.to(dtype), want, k=GRADIENT_BUDGET)
+            assert_within_budget(result, low, want, k=GRADIENT_BUDGET)
         else:
             assert torch.equal(result.double(), want.to(dtype).double())
+
+
+def plain_gradients(x, w, grad, selector, spec, rounded=lambda t: t):
+    """Of input, weight and bias in plain torch; operands of products `rounded`."""
+    dense = Expansion(selector, spec, conv_extents(x.shape, w.shape, spec)).expand(grad)
+    geometry = (spec.stride, spec.padding, spec.dilation, spec.groups)
+    x, w, operand = rounded(x), rounded(w), rounded(dense)
+    return (
+        nn_grad.conv2d_input(x.shape, w, operand, *geometry),
+        nn_grad.conv2d_weight(x, w.shape, operand, *geometry),
+        dense.sum((0, 2, 3)),
+    )
 
 
 # The last has enough pixels for the weight's gradient to be summed in several parts.
@@ -219,19 +227,9 @@ def test_error_budget_of_gradients(library, name, precision):
     grad = torch.randn(out.shape).to(dtype)
     results = gradients(library, x, w, grad, selector, spec, tf32=precision == "tf32")
 
-    def wanted(x, w, grad):
-        dense = Expansion(selector, spec, before.shape[2:]).expand(grad)
-        geometry = (spec.stride, spec.padding, spec.dilation, spec.groups)
-        operand = to_tf32(dense).to(dense.dtype) if precision == "tf32" else dense
-        return (
-            nn_grad.conv2d_input(x.shape, w, operand, *geometry),
-            nn_grad.conv2d_weight(x, w.shape, operand, *geometry),
-            dense.sum((0, 2, 3)),
-        )
-
-    if precision == "tf32":
-        x, w = to_tf32(x), to_tf32(w)
-    lowp, exact = wanted(x.contiguous(), w, grad), wanted(x.double(), w.double(), grad.double())
+    rounded = to_tf32 if precision == "tf32" else lambda t: t
+    lowp = plain_gradients(x.contiguous(), w, grad, selector, spec, rounded)
+    exact = plain_gradients(x.double(), w.double(), grad.double(), selector, spec, rounded)
     for result, low, want in zip(results, lowp, exact, strict=True):
         assert_within_budget(result, low, want, k=GRADIENT_BUDGET)
 
