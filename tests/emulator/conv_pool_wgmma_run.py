@@ -115,7 +115,10 @@ class Case:
         x, w, b = self.tensors()
         wide = [None if t is None else t.double() for t in (x, w, b)]
         reference, sums = self.plain(*wide)
-        lowp, _ = self.plain(x, w, b)
+        if self.edit is not None:
+            # torch's own convolution in 16 bits makes NaN of an infinity where it pads channels.
+            x, w, b = (None if t is None else t.float() for t in (x, w, b))
+        lowp = self.plain(x, w, b)[0].to(self.dtype)
         ratio = assert_within_budget(out.contiguous(), lowp.contiguous(), reference)
         if codes is not None:
             # Sums in float32 decide otherwise than in float64 only where they are nearly equal.

@@ -135,7 +135,9 @@ def test_refuses_misaligned():
 )
 def test_plan(shape, out_channels, rows, grid):
     case = Case((1, 8, 2, 2), out_channels, multiprocessors=132)
-    x = torch.empty(shape, dtype=torch.bfloat16, device="meta").to(memory_format=torch.channels_last)
+    x = torch.empty(shape, dtype=torch.bfloat16, device="meta").to(
+        memory_format=torch.channels_last
+    )
     sizes = replace(case, shape=shape).sizes(x)
     facts = torch.zeros(8, dtype=torch.int64)
     kernels().call("conv_relu_pool_wgmma_facts", sizes, 0.0, None, None, None, None, 1, facts)
