@@ -22,7 +22,7 @@ HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 OUT = ROOT / "build" / "emulator"
 PARTS = ("scheduler.cpp", "memory.cpp", "race.cpp", "agents.cpp", "tma.cpp", "matrix.cpp")
-COMMON = ["-std=c++17", "-g", "-fPIC", "-Wno-unknown-pragmas", "-Wno-psabi", "-Wno-attributes"]
+COMMON = ["-std=c++17", "-g1", "-fPIC", "-Wno-unknown-pragmas", "-Wno-psabi", "-Wno-attributes"]
 KERNEL = ["-x", "c++", "-O1", "-DPYOPS_EMULATE", "-ftrivial-auto-var-init=pattern"]
 EMULATOR = ["-O2", "-DPYOPS_EMULATE"]
 VARIANTS = {
@@ -63,16 +63,22 @@ def _headers() -> list[Path]:
     )
 
 
+def _folder(source: Path) -> Path:
+    """Where what comes of a source goes; a test's temporary source keeps it beside itself."""
+    return OUT if source.is_relative_to(ROOT) else source.parent
+
+
 def _compile(source: Path, flags: Sequence[str], include: Sequence[Path], text: str) -> Path:
     """Object file of a source; its key is everything that went in."""
     key = hashlib.sha256("\0".join([*flags, *map(str, include), str(source), text]).encode())
-    target = OUT / f"{source.stem}-{key.hexdigest()[:20]}.o"
+    folder = _folder(source)
+    target = folder / f"{source.stem}-{key.hexdigest()[:20]}.o"
     if not target.is_file():
-        OUT.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         part = target.with_suffix(f".{os.getpid()}.part")
-        folders = [flag for folder in include for flag in ("-I", str(folder))]
-        folders += ["-isystem", str(cuda_include())]
-        command = ["g++", *COMMON, *flags, *folders, "-c", str(source), "-o", str(part)]
+        searched = [flag for folder in include for flag in ("-I", str(folder))]
+        searched += ["-isystem", str(cuda_include())]
+        command = ["g++", *COMMON, *flags, *searched, "-c", str(source), "-o", str(part)]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode != 0:
             raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")
@@ -103,7 +109,7 @@ def build(sources: Sequence[Path], variant: str = "plain", defines: Sequence[str
             _compile(source, flags, include, _headers_text() + cuda + source.read_text())
         )
     key = hashlib.sha256("\0".join(map(str, objects)).encode()).hexdigest()[:20]
-    target = OUT / f"{sources[0].stem}-{variant}-{key}.so"
+    target = _folder(sources[0]) / f"{sources[0].stem}-{variant}-{key}.so"
     if not target.is_file():
         part = target.with_suffix(f".{os.getpid()}.part")
         link = ["-fsanitize=address"] if variant == "asan" else []

@@ -170,7 +170,7 @@ __global__ void last_block_kernel(const float* x, float* partial, unsigned* fini
     __threadfence();
   }
   sync_threads();
-  if (*last && thread == 0) {
+  if (thread == 32 && *last) {
     float all = 0;
     for (unsigned block = 0; block < gridDim.x; ++block) all += partial[block];
     *sum = all;
