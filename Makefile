@@ -29,8 +29,9 @@ endif
 demo: $(READY)
 	$(RUN) -m pyops demo
 
+# One process a core where pytest-xdist is installed, as in .venv; all in one where it is not.
 test: $(READY)
-	$(RUN) -m pytest -q
+	$(RUN) -m pytest -q $$($(RUN) -c "import importlib.util as u; print('-n auto --maxprocesses 8 --dist worksteal' * bool(u.find_spec('xdist')))")
 
 bench: $(READY)
 	@status=0; for op in $(BENCHES); do $(RUN) -m pyops bench $$op --backward both --out $(OUT) || status=1; done; exit $$status
@@ -40,7 +41,7 @@ build: $(READY)
 gpu-test: $(READY)
 	@mkdir -p $(OUT)
 	@$(RUN) -c "import torch; raise SystemExit(None if torch.cuda.is_available() else 'gpu-test: no CUDA GPU here')"
-	$(RUN) -m pytest -q -m gpu --junitxml=$(OUT)/gpu-test.xml
+	$(RUN) -m pytest -q -m gpu --junitxml=$(OUT)/gpu-test.xml --proof=$(OUT)/gpu-test.json
 
 gpu-bench: $(READY)
 	@status=0; for op in $(BENCHES); do \

@@ -39,31 +39,6 @@ OutputActivation activation_of(const std::string& name) {
   return OutputActivation::kNone;
 }
 
-// channels_last where the channels lie innermost; contiguous for all else.
-bool lies_channels_last(const Tensor& t) {
-  return t.size(1) > 1 && t.stride(1) == 1 && !t.is_contiguous();
-}
-
-std::array<int64_t, 4> dense_strides(const std::array<int64_t, 4>& size, bool channels_last) {
-  if (channels_last) return {size[1] * size[2] * size[3], 1, size[3] * size[1], size[1]};
-  return {size[1] * size[2] * size[3], size[2] * size[3], size[3], 1};
-}
-
-Tensor empty_dense(const std::array<int64_t, 4>& size, bool channels_last, ScalarType dtype) {
-  return empty_strided(size, dense_strides(size, channels_last), dtype);
-}
-
-// The tensor itself if it already lies densely in that format, else a copy that does.
-Tensor as_dense(const Tensor& t, bool channels_last) {
-  const std::array<int64_t, 4> size = {t.size(0), t.size(1), t.size(2), t.size(3)};
-  const auto strides = dense_strides(size, channels_last);
-  bool dense = true;
-  for (int64_t i = 0; i < 4; ++i) dense = dense && (size[i] == 1 || t.stride(i) == strides[i]);
-  if (dense) return t;
-  return torch::stable::contiguous(
-      t, channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
-}
-
 double widen(double x) { return x; }
 float widen(float x) { return x; }
 float widen(BFloat16 x) { return baseline::to_float(x); }

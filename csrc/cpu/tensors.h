@@ -8,6 +8,7 @@
 #include <cstdint>
 
 #include "../checks.h"
+#include "../memory_format.h"
 #include "dtype.h"
 
 namespace pyops::cpu {
@@ -53,6 +54,11 @@ Tensor empty_contiguous(const std::array<int64_t, Rank>& size, ScalarType dtype)
 
 inline Tensor empty_vector(int64_t size, ScalarType dtype) {
   return empty_contiguous<1>({size}, dtype);
+}
+
+inline Tensor empty_dense(const std::array<int64_t, 4>& size, bool channels_last,
+                          ScalarType dtype) {
+  return empty_strided(size, dense_strides(size, channels_last), dtype);
 }
 
 }  // namespace pyops::cpu

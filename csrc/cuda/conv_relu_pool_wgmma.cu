@@ -6,6 +6,7 @@
 // halos, one weights; two warpgroups multiply and finish a tile each. Design and figures:
 // docs/kernels/conv_relu_pool_hopper.md.
 #include "conv_relu_pool_wgmma.cuh"
+#include "kernel_plan.h"
 #include "launch.cuh"
 
 namespace pyops::cuda {
@@ -363,7 +364,9 @@ void run(const ConvPoolForward& f, const WgmmaPlan& plan, const Params& p, cudaS
   LaunchConfig config{"conv_relu_pool_wgmma", dim3(plan.grid), dim3(kThreads)};
   config.smem = Tile::kShared;
   config.stream = stream;
-  launch(config, conv_relu_pool_wgmma_kernel<T, kRows, kAddressing>, make_tensor_map(map), p);
+  launch(config,
+         planned<conv_relu_pool_wgmma_kernel<T, kRows, kAddressing>, kThreads, Tile::kShared>(),
+         make_tensor_map(map), p);
 }
 
 template <class T, Addressing kAddressing>
@@ -400,7 +403,7 @@ void conv_relu_pool_forward_wgmma(const ConvPoolForward& f, Addressing addressin
   const int64_t chunks = static_cast<int64_t>(conv_relu_pool_forward_hopper_workspace(f) / 16);
   LaunchConfig pack{"conv_relu_pool_pack_weights", dim3((chunks + 255) / 256), dim3(256)};
   pack.stream = stream;
-  launch(pack, pack_weights_kernel, static_cast<const uint4*>(f.weight),
+  launch(pack, planned<pack_weights_kernel, 256>(), static_cast<const uint4*>(f.weight),
          static_cast<uint4*>(f.workspace), static_cast<int>(f.out_channels),
          static_cast<int>(f.in_channels), plan.channel_blocks, chunks);
   Params p{};

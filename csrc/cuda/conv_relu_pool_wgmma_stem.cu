@@ -7,6 +7,7 @@
 #include <algorithm>
 
 #include "conv_relu_pool_wgmma.cuh"
+#include "kernel_plan.h"
 #include "launch.cuh"
 
 namespace pyops::cuda {
@@ -323,7 +324,10 @@ void run(const ConvPoolForward& f, const Params& p, cudaStream_t stream) {
                       dim3(kThreads)};
   config.smem = Stem<T, kC, kSteps, kN>::kShared;
   config.stream = stream;
-  launch(config, conv_relu_pool_wgmma_stem_kernel<T, kC, kSteps, kN>, p);
+  launch(config,
+         planned<conv_relu_pool_wgmma_stem_kernel<T, kC, kSteps, kN>, kThreads,
+                 Stem<T, kC, kSteps, kN>::kShared>(),
+         p);
 }
 
 template <class T, int kC, int kSteps>

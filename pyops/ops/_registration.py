@@ -93,6 +93,30 @@ def register_pair(
         register_rules(each, rules)
 
 
+def samples(value: Any, dims: Any, size: int) -> list[Any]:
+    """What each of `size` samples has of an argument that vmap maps over along `dims`, or does not (None)."""
+    if isinstance(value, (list, tuple)) and value and isinstance(value[0], torch.Tensor):
+        each = [samples(t, d, size) for t, d in zip(value, dims, strict=True)]
+        return [list(own) for own in zip(*each, strict=True)]
+    if isinstance(value, torch.Tensor) and dims is not None:
+        return list(value.unbind(dims))
+    return [value] * size
+
+
+def each_sample(op: Any, size: int, in_dims: tuple[Any, ...], args: tuple[Any, ...]) -> Any:
+    """vmap by one call a sample: the results stacked along dimension 0, a tensor or a tuple as the op's."""
+    columns = [samples(a, d, size) for a, d in zip(args, in_dims, strict=True)]
+    calls = [op(*own) for own in zip(*columns, strict=True)]
+    if isinstance(calls[0], torch.Tensor):
+        return torch.stack(calls)
+    return tuple(
+        [torch.stack(w) for w in zip(*column, strict=True)]
+        if isinstance(column[0], list)
+        else torch.stack(column)
+        for column in zip(*calls, strict=True)
+    )
+
+
 def autocasting(device: torch.device) -> bool:
     """Whether autocast is on for tensors of this device; torch refuses the question for some kinds."""
     return (

@@ -18,6 +18,7 @@ from ..reference.attention import AttentionSpec
 from . import _arguments as arguments
 from . import _registration as registration
 from . import attention_checks as checks
+from ._choice import Plans
 from .attention_rules import EagerFunction
 
 _OP = "attention"
@@ -131,18 +132,14 @@ def _attention(
     )
     needs_grad = torch.is_grad_enabled() and any(wanted)
     compiling = torch.compiler.is_compiling()
-    found = (facts, options, backend, needs_grad, wanted[4])
     if compiling:
         plan = _plan(tensors, options, backend, needs_grad)
     else:
-        try:
-            plan = _plans[found]
-        except (
-            KeyError,
-            TypeError,
-        ):  # a new combination; or symbolic sizes and lists, without a hash
-            plan = _plan(tensors, options, backend, needs_grad)
-            _plans.remember(found, plan)
+        plan = _plans.find(
+            (facts, options, backend, needs_grad, wanted[4]),
+            options,
+            lambda: _plan(tensors, options, backend, needs_grad),
+        )
     use, spec = plan
     rng_state = None
     if generator is not None or spec.dropout_p:
@@ -175,7 +172,7 @@ class _Plan(NamedTuple):
     spec: AttentionSpec
 
 
-_plans = checks.Plans()
+_plans = Plans()
 
 
 def _plan(

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch._C._functorch import get_interpreter_stack
 
-from .. import backends
 from ..reference.attention import AttentionSpec
 from . import _arguments as arguments
+from . import _choice
 
 MOST_HEAD_DIM = 256  # of the kernels; the reference takes any
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -178,32 +178,17 @@ def choose(
     """The backend of this call: the one asked for, or the best that takes it."""
     query = tensors[0]
     assert query is not None
-    if backend is not None:
-        arguments.one_of("backend", backend, backends.NAMES)
-        reason = backends.why_not(op, backend, query.device.type) or _refusal(
-            op, backend, tensors, spec, needs_grad
+    empty = any(t is not None and t.numel() == 0 for t in tensors)
+    return (
+        _choice.choose(
+            op,
+            query.device,
+            backend,
+            refusal=lambda name: _refusal(op, name, tensors, spec, needs_grad),
+            passed_over=lambda name: empty,
         )
-        if reason is not None:
-            raise RuntimeError(f"backend: {backend} cannot take this call: {reason}")
-        return backend
-    order, _ = backends.automatic(op, query.device)
-    for name in order:
-        if name == "reference":
-            break
-        if any(t is not None and t.numel() == 0 for t in tensors):
-            continue
-        if name == "cpu" and _slower_on_cpu(op, tensors, spec, needs_grad):
-            continue
-        if _refusal(op, name, tensors, spec, needs_grad) is None:
-            return name
-    return "reference"
-
-
-def _slower_on_cpu(
-    op: str, tensors: tuple[Tensor | None, ...], spec: AttentionSpec, needs_grad: bool
-) -> bool:
-    """Where plain torch was measured faster than backend cpu: docs/kernels/attention.md. Nowhere yet."""
-    return False
+        or "reference"
+    )
 
 
 def _refusal(
@@ -244,21 +229,6 @@ def _triton_module(op: str) -> Any:
 
 def operator(op: str, backend: str) -> Any:
     return getattr(torch.ops.pyops, f"{op}_triton" if backend == "triton" else op).default
-
-
-class Plans(dict[Any, Any]):
-    """Checked calls by everything their checks depend on; of bounded size."""
-
-    _MOST = 4096
-
-    def remember(self, key: Any, plan: Any) -> None:
-        try:
-            hash(key)
-        except TypeError:  # symbolic sizes, lists
-            return
-        if len(self) >= self._MOST:
-            self.clear()
-        self[key] = plan
 
 
 def draw_rng_state(dropout_p: float, generator: Any, device: torch.device) -> Tensor | None:

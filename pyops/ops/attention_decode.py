@@ -12,6 +12,7 @@ from ..reference.attention import AttentionSpec, compute_dtype, lies_heads_insid
 from . import _arguments as arguments
 from . import _registration as registration
 from . import attention_checks as checks
+from ._choice import Plans
 
 _OP = "attention_decode"
 
@@ -96,18 +97,12 @@ def attention_decode(
         facts = checks.facts(tensors, 3)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         raise RuntimeError("query: attention_decode has no gradient; call it under torch.no_grad()")
-    found = (facts, options, backend)
     if torch.compiler.is_compiling():
         plan = _plan(tensors, options, backend)
     else:
-        try:
-            plan = _plans[found]
-        except (
-            KeyError,
-            TypeError,
-        ):  # a new combination; or symbolic sizes and lists, without a hash
-            plan = _plan(tensors, options, backend)
-            _plans.remember(found, plan)
+        plan = _plans.find(
+            (facts, options, backend), options, lambda: _plan(tensors, options, backend)
+        )
     use, spec = plan
     query, _, _, key, value, *indices_and_tables = tensors[:9]
     inputs: tuple[Any, ...] = (
@@ -132,7 +127,7 @@ class _Plan(NamedTuple):
     spec: AttentionSpec
 
 
-_plans = checks.Plans()
+_plans = Plans()
 
 
 def _plan(tensors: tuple[Any, ...], options: tuple[Any, ...], backend: str | None) -> _Plan:

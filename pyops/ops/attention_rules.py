@@ -226,11 +226,7 @@ def _vmap_of(op: Any, names: tuple[str, ...]) -> Any:
         sums = "grad_output" in names and any(rest[-1][3:])
         # Folded, the samples of one dropout seed would get other masks than each of them alone.
         if sums or given["rng_state"] is not None or any(dims[n] is not None for n in _SHARED):
-            each = []
-            for i in range(info.batch_size):
-                sample = (t if dims[n] is None else t.select(dims[n], i) for n, t in given.items())
-                each.append(op(*sample, *rest))
-            results = tuple(torch.stack(column) for column in zip(*each, strict=True))
+            results = registration.each_sample(op, info.batch_size, in_dims, args)
             return results, (0,) * len(results)
         query, dim = given["query"], dims["query"]
         batch = query.shape[0 if dim is None else int(dim == 0)]

@@ -12,6 +12,7 @@ from ..reference import attention_varlen as reference
 from ..reference.attention import AttentionSpec
 from . import _registration as registration
 from . import attention_checks as checks
+from ._choice import Plans
 from .attention_varlen_rules import EagerFunction
 
 _OP = "attention_varlen"
@@ -75,18 +76,14 @@ def attention_varlen(
         or (sinks is not None and sinks.requires_grad)
     )
     compiling = torch.compiler.is_compiling()
-    found = (facts, options, backend, needs_grad, slopes_grad)
     if compiling:
         plan = _plan(tensors, options, backend, needs_grad)
     else:
-        try:
-            plan = _plans[found]
-        except (
-            KeyError,
-            TypeError,
-        ):  # a new combination; or symbolic sizes and lists, without a hash
-            plan = _plan(tensors, options, backend, needs_grad)
-            _plans.remember(found, plan)
+        plan = _plans.find(
+            (facts, options, backend, needs_grad, slopes_grad),
+            options,
+            lambda: _plan(tensors, options, backend, needs_grad),
+        )
     use, spec = plan
     max_seqlens = (
         _max_seqlen("q", cu_seqlens_q, max_seqlen_q, query.shape[0], use),
@@ -126,7 +123,7 @@ class _Plan(NamedTuple):
     spec: AttentionSpec
 
 
-_plans = checks.Plans()
+_plans = Plans()
 
 
 def _plan(

@@ -138,14 +138,7 @@ def _vmap_of(op: Any) -> Any:
     """One call a sample: packed sequences have no dimension to fold another one into."""
 
     def rule(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, tuple[int, ...]]:
-        each = []
-        for i in range(info.batch_size):
-            sample = (
-                a.select(d, i) if isinstance(a, Tensor) and d is not None else a
-                for a, d in zip(args, in_dims, strict=True)
-            )  # fmt: skip
-            each.append(op(*sample))
-        results = tuple(torch.stack(column) for column in zip(*each, strict=True))
+        results = registration.each_sample(op, info.batch_size, in_dims, args)
         return results, (0,) * len(results)
 
     return rule

@@ -19,9 +19,11 @@ from ..reference import conv_relu_pool as reference
 from ..reference.conv_relu_pool import ConvPoolSpec, codes_fit, conv_extents, pool_extents
 from . import _arguments as arguments
 from . import _registration as registration
+from ._choice import Plans, choose
 from .conv_relu_pool_rules import EagerFunction
 
 _OP = "conv_relu_pool2d"
+_MOST_PLACES_CUDA = 128  # of a window: as many as a tile has rows
 
 
 def conv_relu_pool2d(
@@ -98,14 +100,11 @@ def conv_relu_pool2d(
     if compiling:
         plan = _plan(facts, options, backend, needs_grad, input, weight, bias)
     else:
-        try:
-            # With the types, since True == 1 == 1.0.
-            key = (facts, options, *map(type, options), backend, needs_grad)
-            plan = _plans[key]
-        except (KeyError, TypeError):
-            # a new combination; or symbolic sizes and lists, which have no hash
-            plan = _plan(facts, options, backend, needs_grad, input, weight, bias)
-            _remember(key, plan)
+        plan = _plans.find(
+            (facts, options, backend, needs_grad),
+            options,
+            lambda: _plan(facts, options, backend, needs_grad, input, weight, bias),
+        )
     if plan.extra_padding is not None:
         input = F.pad(input, plan.extra_padding)
     use, flat = plan.backend, plan.flat
@@ -118,7 +117,7 @@ def conv_relu_pool2d(
     if use == "reference":
         return reference.conv_relu_pool2d(input, weight, bias, plan.spec)
     batched = input if input.dim() == 4 else input.unsqueeze(0)
-    op = _operator(use)
+    op = _operator(use, input.dtype)
     if compiling or get_interpreter_stack() is not None:
         output, _ = op(batched, weight, bias, *flat, needs_grad)
     elif needs_grad:
@@ -185,18 +184,7 @@ def _plan(
     return _Plan(use, spec, spec.flat(), extra)
 
 
-_plans: dict[Any, _Plan] = {}
-_MOST_PLANS = 4096
-
-
-def _remember(key: Any, plan: _Plan) -> None:
-    try:
-        hash(key)
-    except TypeError:
-        return
-    if len(_plans) >= _MOST_PLANS:
-        _plans.clear()
-    _plans[key] = plan
+_plans = Plans()
 
 
 def _spec(
@@ -294,25 +282,15 @@ def _choose(
     backend: str | None,
     needs_grad: bool,
 ) -> str:
-    if backend is not None:
-        arguments.one_of("backend", backend, backends.NAMES)
-        reason = backends.why_not(_OP, backend, device.type) or _refusal(
-            backend, input_shape, weight_shape, dtype, spec, needs_grad
-        )
-        if reason is not None:
-            raise RuntimeError(f"backend: {backend} cannot take this call: {reason}")
-        return backend
-    order, _ = backends.automatic(_OP, device)
-    for name in order:
-        if name == "reference":
-            break
+    def refusal(name: str) -> str | None:
+        return _refusal(name, input_shape, weight_shape, dtype, device, spec, needs_grad)
+
+    def passed_over(name: str) -> bool:
         if dtype == torch.float64 or input_shape[0] == 0:
-            continue
-        if name == "cpu" and _slower_on_cpu(input_shape, weight_shape, dtype, spec, needs_grad):
-            continue
-        if _refusal(name, input_shape, weight_shape, dtype, spec, needs_grad) is None:
-            return name
-    return "reference"
+            return True
+        return name == "cpu" and _slower_on_cpu(input_shape, weight_shape, dtype, spec, needs_grad)
+
+    return choose(_OP, device, backend, refusal, passed_over) or "reference"
 
 
 def _slower_on_cpu(
@@ -360,6 +338,7 @@ def _refusal(
     input_shape: torch.Size,
     weight_shape: torch.Size,
     dtype: torch.dtype,
+    device: torch.device,
     spec: ConvPoolSpec,
     needs_grad: bool,
 ) -> str | None:
@@ -372,6 +351,8 @@ def _refusal(
             f"with gradients, {spec.pool} pooling takes windows of at most {most} places, "
             f"got {spec.pool_size}"
         )
+    if backend == "cuda":
+        return _refusal_of_cuda(input_shape, weight_shape, dtype, device, spec)
     if backend == "triton":
         from ..triton_kernels import conv_relu_pool as kernels
 
@@ -384,7 +365,34 @@ def _refusal(
     return None
 
 
-def _operator(backend: str) -> Any:
+def _refusal_of_cuda(
+    input_shape: torch.Size,
+    weight_shape: torch.Size,
+    dtype: torch.dtype,
+    device: torch.device,
+    spec: ConvPoolSpec,
+) -> str | None:
+    """The same limits as sizes_fit in csrc/cuda/conv_relu_pool_tile.cu."""
+    if dtype == torch.float64:
+        return "it takes float32, bfloat16 and float16, not float64"
+    if backends.capability(device) < (8, 0):
+        return "it needs compute capability 8.0 or newer"
+    if math.prod(spec.pool_size) > _MOST_PLACES_CUDA:
+        return f"it takes windows of at most {_MOST_PLACES_CUDA} places, got {spec.pool_size}"
+    extents = (size + 2 * pad for size, pad in zip(input_shape[-2:], spec.padding, strict=True))
+    if max(*extents, math.prod(weight_shape[1:]), weight_shape[0]) >= 2**30:
+        return "it takes sizes below 2**30"
+    return None
+
+
+def _operator(backend: str, dtype: torch.dtype) -> Any:
     if backend == "triton":
         return torch.ops.pyops.conv_relu_pool2d_triton.default
+    # This getter understands both of torch's APIs; cudnn.allow_tf32 raises once the newer one was used.
+    if (
+        backend == "cuda"
+        and dtype == torch.float32
+        and torch.backends.cudnn.conv.fp32_precision == "tf32"
+    ):
+        return torch.ops.pyops.conv_relu_pool2d_tf32.default
     return torch.ops.pyops.conv_relu_pool2d.default

@@ -160,32 +160,21 @@ def _double_backward(
     return (for_grad, for_input, for_weight, None, *(None,) * (ctx.flat_length + 1))
 
 
-def _vmap_of(op: Any, tensors: int) -> Any:
-    """Fold a batch over the images into the batch of the op; for anything else, one call a sample."""
+def _vmap_of(op: Any, folds: bool) -> Any:
+    """Where it `folds` (forward), a batch over the images joins that of the op; for all else, one call a sample."""
 
     def rule(
         info: Any, in_dims: tuple[Any, ...], *args: Any
     ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
-        dims, fixed = in_dims[:tensors], args[tensors:]
-        samples = [
-            None if t is None else t.unsqueeze(0).expand(info.batch_size, *t.shape) if d is None
-            else t.movedim(d, 0)
-            for t, d in zip(args[:tensors], dims, strict=True)
-        ]  # fmt: skip
-        if tensors == 3 and dims[1] is None and dims[2] is None:
-            images = samples[0].flatten(0, 1)  # type: ignore[union-attr]  # the input is no None
-            results = op(images, *args[1:tensors], *fixed)
+        if folds and all(d is None for d in in_dims[1:]):
+            images = args[0].movedim(in_dims[0], 0).flatten(0, 1)
             results = tuple(
                 r.unflatten(0, (info.batch_size, -1)) if r.dim() == 4
                 else r.expand(info.batch_size, *r.shape)
-                for r in results
+                for r in op(images, *args[1:])
             )  # fmt: skip
         else:
-            each = [
-                op(*(None if s is None else s[i] for s in samples), *fixed)
-                for i in range(info.batch_size)
-            ]
-            results = tuple(torch.stack(column) for column in zip(*each, strict=True))
+            results = registration.each_sample(op, info.batch_size, in_dims, args)
         return results, (0,) * len(results)
 
     return rule
@@ -198,8 +187,8 @@ RULES = registration.Rules(
     backward_of=_backward_of,
     save_for_double_backward=_save_for_double_backward,
     double_backward=_double_backward,
-    vmap_forward=lambda op: _vmap_of(op, 3),
-    vmap_backward=lambda op: _vmap_of(op, 4),
+    vmap_forward=lambda op: _vmap_of(op, folds=True),
+    vmap_backward=lambda op: _vmap_of(op, folds=False),
     autocast_arguments=3,
 )
 
@@ -221,3 +210,4 @@ def _triton_backward(*args: Any) -> Any:
 def register() -> None:
     """Register the rules, and Triton's pair of ops. Called once, where _cpu.so brought the schemas."""
     registration.register_pair(_OP, RULES, _triton_forward, _triton_backward)
+    registration.register_rules(f"{_OP}_tf32", RULES)

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 from torch._C._functorch import get_interpreter_stack
 
-from .. import backends
 from ..reference import conv_transpose_act as reference
 from ..reference.conv_transpose_act import ConvTransposeSpec, output_extents
 from . import _arguments as arguments
 from . import _registration as registration
+from ._choice import Plans, choose
 from .conv_transpose_act_rules import EagerFunction
 
 _OP = "conv_transpose2d_act"
@@ -92,11 +92,7 @@ def conv_transpose2d_act(
     if compiling:
         plan = _plan(facts, options, tensors)
     else:
-        try:
-            plan = _plans[facts, options]
-        except (KeyError, TypeError):  # a new combination; or symbolic sizes and lists: no hash
-            plan = _plan(facts, options, tensors)
-            _remember((facts, options), plan)
+        plan = _plans.find((facts, options), options, lambda: _plan(facts, options, tensors))
     use, spec, needs_grad = plan
     if not compiling and use != "reference" and registration.needs_plain_torch():
         if backend is not None:
@@ -136,18 +132,7 @@ class _Plan(NamedTuple):
     needs_grad: bool
 
 
-_plans: dict[Any, _Plan] = {}
-_MOST_PLANS = 4096
-
-
-def _remember(key: Any, plan: _Plan) -> None:
-    try:
-        hash(key)
-    except TypeError:
-        return
-    if len(_plans) >= _MOST_PLANS:
-        _plans.clear()
-    _plans[key] = plan
+_plans = Plans()
 
 
 def _plan(facts: tuple[Any, ...], options: tuple[Any, ...], tensors: tuple[Any, ...]) -> _Plan:
@@ -232,25 +217,15 @@ def _choose(
     backend: str | None,
     needs_grad: bool,
 ) -> str:
-    if backend is not None:
-        arguments.one_of("backend", backend, backends.NAMES)
-        reason = backends.why_not(_OP, backend, device.type) or _refusal(
-            backend, input_shape, weight_shape, dtype, spec, needs_grad
-        )
-        if reason is not None:
-            raise RuntimeError(f"backend: {backend} cannot take this call: {reason}")
-        return backend
-    order, _ = backends.automatic(_OP, device)
-    for name in order:
-        if name == "reference":
-            break
+    def refusal(name: str) -> str | None:
+        return _refusal(name, input_shape, weight_shape, dtype, spec, needs_grad)
+
+    def passed_over(name: str) -> bool:
         if dtype == torch.float64 or input_shape[0] == 0:
-            continue
-        if name == "cpu" and _slower_on_cpu(input_shape, weight_shape, dtype, spec):
-            continue
-        if _refusal(name, input_shape, weight_shape, dtype, spec, needs_grad) is None:
-            return name
-    return "reference"
+            return True
+        return name == "cpu" and _slower_on_cpu(input_shape, weight_shape, dtype, spec)
+
+    return choose(_OP, device, backend, refusal, passed_over) or "reference"
 
 
 def _slower_on_cpu(

@@ -215,27 +215,15 @@ def _double_backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
     return (*result, *(None,) * (_SPEC + 1))
 
 
-def _vmap_of(op: Any, tensors: int) -> Any:
-    """Fold a batch over the images into the batch of the op; for anything else, one call a sample."""
+def _vmap_of(op: Any, folds: bool) -> Any:
+    """Where it `folds` (forward), a batch over the images joins that of the op; for all else, one call a sample."""
 
     def rule(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
-        dims, fixed = in_dims[:tensors], args[tensors:]
-        samples = [
-            None if t is None else t.unsqueeze(0).expand(info.batch_size, *t.shape) if d is None
-            else t.movedim(d, 0)
-            for t, d in zip(args[:tensors], dims, strict=True)
-        ]  # fmt: skip
-        if tensors == 5 and all(d is None for d in dims[1:]):
-            images = samples[0].flatten(0, 1)  # type: ignore[union-attr]  # the input is no None
-            return op(images, *args[1:tensors], *fixed).unflatten(0, (info.batch_size, -1)), 0
-        each = [
-            op(*(None if s is None else s[i] for s in samples), *fixed)
-            for i in range(info.batch_size)
-        ]
-        if isinstance(each[0], Tensor):
-            return torch.stack(each), 0
-        results = tuple(torch.stack(column) for column in zip(*each, strict=True))
-        return results, (0,) * len(results)
+        if folds and all(d is None for d in in_dims[1:]):
+            images = args[0].movedim(in_dims[0], 0).flatten(0, 1)
+            return op(images, *args[1:]).unflatten(0, (info.batch_size, -1)), 0
+        results = registration.each_sample(op, info.batch_size, in_dims, args)
+        return results, 0 if isinstance(results, Tensor) else (0,) * len(results)
 
     return rule
 
@@ -247,8 +235,8 @@ RULES = registration.Rules(
     backward_of=_backward_of,
     save_for_double_backward=_save_for_double_backward,
     double_backward=_double_backward,
-    vmap_forward=lambda op: _vmap_of(op, 5),
-    vmap_backward=lambda op: _vmap_of(op, 6),
+    vmap_forward=lambda op: _vmap_of(op, folds=True),
+    vmap_backward=lambda op: _vmap_of(op, folds=False),
     autocast_arguments=5,
 )
 

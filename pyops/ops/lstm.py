@@ -14,12 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._C._functorch import get_interpreter_stack
 
-from .. import backends
 from ..reference import lstm as reference
 from ..reference.lstm import LSTMSpec, Variant
-from . import _arguments as arguments
 from . import _registration as registration
 from . import lstm_checks as checks
+from ._choice import Plans, choose
 from .lstm_checks import Sizes
 from .lstm_rules import EagerFunction
 
@@ -111,17 +110,13 @@ def lstm(
     if batch_sizes is not None:
         batch = _packed_batch(input, states, batch_sizes, compiling)
     options = (num_layers, bidirectional, batch_first, dropout, training, layer_norm, zoneout)
-    key: Any = (facts, options, batch, backend, needs_grad)
-    plan = None
-    if not compiling:
-        try:
-            plan = _plans.get(key)
-        except TypeError:  # symbolic sizes and lists have no hash
-            key = None
-    if plan is None:
-        plan = _plan(input, states, weights, options, batch, backend, needs_grad)
-        if not compiling and key is not None:
-            _remember(key, plan)
+
+    def checked() -> _Plan:
+        return _plan(input, states, weights, options, batch, backend)
+
+    plan = (
+        checked() if compiling else _plans.find((facts, options, batch, backend), options, checked)
+    )
 
     packed, unbatched = batch_sizes is not None, plan.unbatched
     if unbatched:
@@ -162,14 +157,7 @@ class _Plan(NamedTuple):
     unbatched: bool
 
 
-_plans: dict[Any, _Plan] = {}
-_MOST_PLANS = 4096
-
-
-def _remember(key: Any, plan: _Plan) -> None:
-    if len(_plans) >= _MOST_PLANS:
-        _plans.clear()
-    _plans[key] = plan
+_plans = Plans()
 
 
 def _packed_batch(
@@ -190,7 +178,6 @@ def _plan(
     options: tuple[Any, ...],
     batch: int | None,
     backend: str | None,
-    needs_grad: bool,
 ) -> _Plan:
     """Check and normalise everything that does not depend on the tensors' contents."""
     checks.check_tensors(input, states, weights)
@@ -207,31 +194,21 @@ def _plan(
         if not packed and not unbatched:
             batch = input.shape[0 if batch_first else 1]
         checks.check_states([s.shape for s in states], layers, batch, sizes)
-    use = _choose(input, sizes, spec, variant, backend, needs_grad, packed)
+    use = _choose(input, sizes, variant, backend)
     return _Plan(use, spec, variant, sizes, unbatched)
 
 
 def _choose(
     input: Tensor,
     sizes: Sizes,
-    spec: LSTMSpec,
     variant: Variant,
     backend: str | None,
-    needs_grad: bool,
-    packed: bool,
 ) -> str:
-    if backend is not None:
-        arguments.one_of("backend", backend, backends.NAMES)
-        reason = backends.why_not(_OP, backend, input.device.type) or _refusal(
-            backend, input.dtype, sizes, variant
-        )
-        if reason is not None:
-            raise RuntimeError(f"backend: {backend} cannot take this call: {reason}")
-        return backend
-    order, _ = backends.automatic(_OP, input.device)
-    for name in order:
-        if name != "reference" and _refusal(name, input.dtype, sizes, variant) is None:
-            return name
+    use = choose(
+        _OP, input.device, backend, lambda name: _refusal(name, input.dtype, sizes, variant)
+    )
+    if use is not None:
+        return use
     known_to_torch = not variant.layer_norm and not any(variant.zoneout)
     return _TORCH if known_to_torch and input.device.type in ("cpu", "cuda") else "reference"
 

@@ -223,28 +223,6 @@ def _double_backward(
     return (*for_tensors, for_weights, *(None,) * (3 + _OPTIONS + 1))
 
 
-def _samples(value: Any, dims: Any, size: int) -> list[Any]:
-    """What each sample has of an argument that is mapped over, or is not."""
-    if isinstance(value, (list, tuple)) and value and isinstance(value[0], Tensor):
-        each = [_samples(t, d, size) for t, d in zip(value, dims, strict=True)]
-        return [list(own) for own in zip(*each, strict=True)]
-    if isinstance(value, Tensor) and dims is not None:
-        return list(value.unbind(dims))
-    return [value] * size
-
-
-def _each_sample(op: Any, info: Any, in_dims: tuple[Any, ...], args: tuple[Any, ...]) -> Any:
-    """One call a sample."""
-    columns = [_samples(a, d, info.batch_size) for a, d in zip(args, in_dims, strict=True)]
-    calls = [op(*own) for own in zip(*columns, strict=True)]
-    return tuple(
-        [torch.stack(w) for w in zip(*column, strict=True)]
-        if isinstance(column[0], list)
-        else torch.stack(column)
-        for column in zip(*calls, strict=True)
-    )
-
-
 def _vmap_forward(op: Any) -> Any:
     """Fold a batch of inputs and states into the batch of the op; for anything else, one call a sample."""
 
@@ -253,10 +231,10 @@ def _vmap_forward(op: Any) -> Any:
         mapped_weights = any(d is not None for d in in_dims[3])
         # The buffer for backward does not come apart into samples.
         if mapped_weights or batch_sizes is not None or rest[-1]:
-            results = _each_sample(op, info, in_dims, args)
+            results = registration.each_sample(op, info.batch_size, in_dims, args)
             return results, (0,) * len(results)
         folded = [
-            torch.stack(_samples(t, d, info.batch_size), 1).flatten(1, 2)
+            torch.stack(registration.samples(t, d, info.batch_size), 1).flatten(1, 2)
             for t, d in zip((input, h0, c0), in_dims[:3], strict=True)
         ]
         *results, saved = op(*folded, weights, None, *rest)
@@ -268,7 +246,7 @@ def _vmap_forward(op: Any) -> Any:
 
 def _vmap_backward(op: Any) -> Any:
     def rule(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
-        results = _each_sample(op, info, in_dims, args)
+        results = registration.each_sample(op, info.batch_size, in_dims, args)
         return results, (0, 0, 0, [0] * len(results[3]))
 
     return rule

@@ -136,7 +136,7 @@ class Emulated:
     def __init__(
         self, sources: Sequence[Path], variant: str = "plain", defines: Sequence[str] = ()
     ) -> None:
-        self._library = ctypes.CDLL(str(build(sources, variant, defines)))
+        self.library = ctypes.CDLL(str(build(sources, variant, defines)))
 
     def call(
         self,
@@ -153,7 +153,7 @@ class Emulated:
         race detection; copies in the background always). resident: clusters that run at the same
         time. Raises EmulatorError with the report.
         """
-        library = self._library
+        library = self.library
         library.emu_configure(ctypes.c_uint64(seed), MODES[mode], resident)
         library.emu_forget_buffers()
         native: list[object] = []
