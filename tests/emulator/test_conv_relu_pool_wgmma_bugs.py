@@ -9,9 +9,10 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-import build
 import pytest
 from conv_pool_wgmma_run import Case, Emulated, sources
+
+import build
 
 pytestmark = pytest.mark.skipif(build.missing() is not None, reason=str(build.missing()))
 
@@ -57,7 +58,7 @@ BUGS = [
     Bug(DEEP, RESIDENT, "mbar_init(empty + 8 * i, 4);", "mbar_init(empty + 8 * i, 5);", "deadlock"),
     Bug(DEEP, RESIDENT, "mbar_init(empty + 8 * i, 4);", "mbar_init(empty + 8 * i, 1);", RACE),
     Bug(DEEP, RESIDENT, "tile.y * kRows - p.pad_h", "tile.y * kRows - p.pad_h + 1", NUMBERS),
-    Bug(DEEP, RESIDENT, "slot -= kSlots;", "slot = 1;", RACE + "|deadlock"),
+    Bug(DEEP, RESIDENT, "slot -= kSlots;", "slot = 1;", f"{RACE}|deadlock|{NUMBERS}"),
     Bug(DEEP, RING, "phase ^= 1;", "", RACE + "|deadlock", "phase ^= 1;\n    }\n  }\n};"),
     Bug(DEEP, RING, "if (tap == 0 && block > 0) mbar_arrive(empty + 8 * slot_before);", "",
         "deadlock"),
