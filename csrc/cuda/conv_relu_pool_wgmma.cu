@@ -315,7 +315,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
 }
 
-// ---- weights -----------------------------------------------------------------------------------
+// ---- weights ----
 
 // (out_channels, 3, 3, in_channels) to tiles of one tap, 64 x 64 channels, in the 128-byte swizzle:
 // eight rows of a warp's 16 are the even channels, eight the odd ones. Zeros beyond the weight.
@@ -336,8 +336,7 @@ __global__ void pack_weights_kernel(const uint4* weight, uint4* packed, int out_
   packed[i] = value;
 }
 
-// ---- host
-// ----------------------------------------------------------------------------------------
+// ---- host ----
 
 template <class T, int kRows, Addressing kAddressing>
 void run(const ConvPoolForward& f, const WgmmaPlan& plan, const Params& p, cudaStream_t stream) {

@@ -314,8 +314,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   }
 }
 
-// ---- host
-// ----------------------------------------------------------------------------------------
+// ---- host ----
 
 template <class T, int kC, int kSteps, int kN>
 void run(const ConvPoolForward& f, const Params& p, cudaStream_t stream) {

@@ -28,7 +28,7 @@ EMULATOR = ["-O2", "-DPYOPS_EMULATE"]
 VARIANTS = {
     "plain": ([], []),
     "race": (["-fsanitize=thread"], ["-DEMU_RACE"]),
-    "asan": (["-fsanitize=address"], ["-fsanitize=address"]),
+    "asan": (["-fsanitize=address", "-fsanitize-recover=address"], ["-DEMU_ASAN"]),
 }
 MODES = {"early": 0, "late": 1, "random": 2}
 

@@ -7,9 +7,14 @@ using namespace pyops::cuda;
 
 namespace {
 
-// sizes: batch, in_channels, in_h, in_w, out_channels, kernel_h, kernel_w, pad_h, pad_w, activation,
-// pool, 1 for float16, multiprocessors, strides of the input (n, c, h, w).
-ConvPoolForward forward(const int64_t* sizes, double slope, void* const* tensors) {
+struct Tensors {
+  const void *input, *weight, *bias;
+  void *output, *codes, *workspace;
+};
+
+// sizes: batch, in_channels, in_h, in_w, out_channels, kernel_h, kernel_w, pad_h, pad_w,
+// activation, pool, 1 for float16, multiprocessors, strides of the input (n, c, h, w).
+ConvPoolForward forward(const int64_t* sizes, float slope, const Tensors& tensors) {
   ConvPoolForward f{};
   f.batch = sizes[0];
   f.in_channels = sizes[1];
@@ -34,12 +39,12 @@ ConvPoolForward forward(const int64_t* sizes, double slope, void* const* tensors
   f.device = {90, static_cast<int>(sizes[12])};
   f.in = {sizes[13], sizes[14], sizes[15], sizes[16]};
   f.out = {f.out_h * f.out_w * f.out_channels, 1, f.out_w * f.out_channels, f.out_channels};
-  f.input = tensors[0];
-  f.weight = tensors[1];
-  f.bias = tensors[2];
-  f.output = tensors[3];
-  f.codes = static_cast<uint8_t*>(tensors[4]);
-  f.workspace = tensors[5];
+  f.input = tensors.input;
+  f.weight = tensors.weight;
+  f.bias = tensors.bias;
+  f.output = tensors.output;
+  f.codes = static_cast<uint8_t*>(tensors.codes);
+  f.workspace = tensors.workspace;
   return f;
 }
 
@@ -47,12 +52,14 @@ ConvPoolForward forward(const int64_t* sizes, double slope, void* const* tensors
 
 extern "C" {
 
-// tensors: input, weight (out_channels, kernel_h, kernel_w, in_channels), bias or null, output, codes
-// or null, workspace. addressing: of the deep kernel, or -1 for what the op would take.
-const char* conv_relu_pool_wgmma(const int64_t* sizes, double slope, void* const* tensors,
-                                 int addressing) {
+// weight (out_channels, kernel_h, kernel_w, in_channels); bias and codes may be null. addressing:
+// of the deep kernel, or -1 for what the op would take.
+const char* conv_relu_pool_wgmma(const int64_t* sizes, float slope, const void* input,
+                                 const void* weight, const void* bias, void* output, void* codes,
+                                 void* workspace, int64_t addressing) {
   return emu::run([&] {
-    const ConvPoolForward f = forward(sizes, slope, tensors);
+    const ConvPoolForward f =
+        forward(sizes, slope, {input, weight, bias, output, codes, workspace});
     if (addressing < 0)
       conv_relu_pool_forward_hopper(f, nullptr);
     else
@@ -60,26 +67,26 @@ const char* conv_relu_pool_wgmma(const int64_t* sizes, double slope, void* const
   });
 }
 
-// 0: neither, 1: deep, 2: first layers.
-int conv_relu_pool_wgmma_supports(const int64_t* sizes, double slope, void* const* tensors) {
-  const ConvPoolForward f = forward(sizes, slope, tensors);
-  return conv_relu_pool_forward_wgmma_supports(f)        ? 1
-         : conv_relu_pool_forward_wgmma_stem_supports(f) ? 2
-                                                         : 0;
-}
-
-int64_t conv_relu_pool_wgmma_workspace(const int64_t* sizes) {
-  void* const none[6]{};
-  return static_cast<int64_t>(conv_relu_pool_forward_hopper_workspace(forward(sizes, 0, none)));
-}
-
-// rows, tiles_h, tiles_w, works, resident, grid
-void conv_relu_pool_wgmma_plan(const int64_t* sizes, int addressing, int64_t* plan) {
-  void* const none[6]{};
-  const WgmmaPlan p = pyops::cuda::conv_relu_pool_wgmma_plan(forward(sizes, 0, none),
-                                                             static_cast<Addressing>(addressing));
-  const int64_t values[]{p.rows, p.tiles_h, p.tiles_w, p.works, p.resident, p.grid};
-  for (int i = 0; i < 6; ++i) plan[i] = values[i];
+// facts: 0 neither kernel, 1 deep, 2 first layers; bytes of workspace; rows, tiles_h, tiles_w,
+// works, resident, grid of the plan.
+const char* conv_relu_pool_wgmma_facts(const int64_t* sizes, float slope, const void* input,
+                                       const void* weight, void* output, void* codes,
+                                       int64_t addressing, int64_t* facts) {
+  return emu::run([&] {
+    const ConvPoolForward f =
+        forward(sizes, slope, {input, weight, nullptr, output, codes, nullptr});
+    const WgmmaPlan plan = conv_relu_pool_wgmma_plan(f, static_cast<Addressing>(addressing));
+    facts[0] = conv_relu_pool_forward_wgmma_supports(f)        ? 1
+               : conv_relu_pool_forward_wgmma_stem_supports(f) ? 2
+                                                               : 0;
+    facts[1] = static_cast<int64_t>(conv_relu_pool_forward_hopper_workspace(f));
+    facts[2] = plan.rows;
+    facts[3] = plan.tiles_h;
+    facts[4] = plan.tiles_w;
+    facts[5] = plan.works;
+    facts[6] = plan.resident;
+    facts[7] = plan.grid;
+  });
 }
 
 }  // extern "C"

@@ -3,7 +3,7 @@
 
 #include "state.h"
 
-#ifdef __SANITIZE_ADDRESS__
+#ifdef EMU_ASAN  // the kernels are compiled with -fsanitize=address
 #include <sanitizer/asan_interface.h>
 #else
 #define ASAN_POISON_MEMORY_REGION(address, size)

@@ -1,7 +1,7 @@
 """Mistakes to plant into small_kernels.cu, and what the emulator must say about each.
 
-Bug(kernel, right, wrong, report): `right` stands in the source once (or at the places counted by
-`times`) and becomes `wrong`; `report` is a pattern of the report, NUMBERS where only the result
+Bug(kernel, right, wrong, report): `right` stands in the source once and
+becomes `wrong`; `report` is a pattern of the report, NUMBERS where only the result
 can show it.
 """
 
@@ -19,7 +19,6 @@ class Bug:
     right: str
     wrong: str
     report: str
-    times: int = 1
 
 
 AMPERE = [

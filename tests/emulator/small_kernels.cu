@@ -1,8 +1,9 @@
 /// Small kernels to try the emulator on. Matrix products: c[M x N] = a[M x K] b[N x K]^T.
 #include "launch.cuh"
 
-namespace pyops {
-using namespace ptx;
+namespace small {
+using namespace pyops;
+using namespace pyops::ptx;
 
 /// cp.async ring of three stages, ldmatrix, mma.sync. A block: 64 x 64 of c, four warps of 16 rows;
 /// a stage: 16 of K. M, N multiples of 64, K of 16.
@@ -177,9 +178,10 @@ __global__ void last_block_kernel(const float* x, float* partial, unsigned* fini
   }
 }
 
-}  // namespace pyops
+}  // namespace small
 
 using namespace pyops;
+using namespace small;
 
 extern "C" const char* gemm_ampere(const __nv_bfloat16* a, const __nv_bfloat16* b, float* c,
                                    int64_t m, int64_t n, int64_t k) {

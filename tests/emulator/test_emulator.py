@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from kernel_checks import CHECKS
-
 from build import HERE, Emulated, missing
+from kernel_checks import CHECKS
 
 pytestmark = pytest.mark.skipif(missing() is not None, reason=str(missing()))
 

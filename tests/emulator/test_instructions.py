@@ -6,7 +6,6 @@ import itertools
 
 import pytest
 import torch
-
 from build import HERE, Emulated, EmulatorError, missing
 
 pytestmark = pytest.mark.skipif(missing() is not None, reason=str(missing()))
@@ -25,7 +24,8 @@ def as_bytes(tensor):
 # ---- matrices of a warp ----
 
 
-@pytest.mark.parametrize("count, trans", itertools.product([1, 2, 4], [False, True]))
+@pytest.mark.parametrize("trans", [False, True])
+@pytest.mark.parametrize("count", [1, 2, 4])
 def test_ldmatrix(run, count, trans):
     # Matrix i, row r: 8 numbers 64 i + 8 r + column, its rows in shared memory in reverse order.
     matrices = torch.arange(64 * count, dtype=torch.int16).view(8 * count, 8)

@@ -6,9 +6,8 @@ import itertools
 
 import pytest
 import torch
-from test_instructions import TYPES, registers_of_a, swizzled
-
 from build import HERE, Emulated, missing
+from test_instructions import TYPES, registers_of_a, swizzled
 
 pytestmark = pytest.mark.skipif(missing() is not None, reason=str(missing()))
 CHUNKS = {"none": 1, "128": 8, "64": 4, "32": 2}  # of 16 bytes in a row of the pattern
