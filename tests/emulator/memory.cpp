@@ -6,8 +6,8 @@
 #ifdef EMU_ASAN  // the kernels are compiled with -fsanitize=address
 #include <sanitizer/asan_interface.h>
 #else
-#define ASAN_POISON_MEMORY_REGION(address, size)
-#define ASAN_UNPOISON_MEMORY_REGION(address, size)
+static void __asan_poison_memory_region(const volatile void*, size_t) {}
+static void __asan_unpoison_memory_region(const volatile void*, size_t) {}
 #endif
 
 namespace emu {
@@ -34,7 +34,9 @@ static char* stacks() {
 
 char* take_stack(int index) {
   if (index >= kStacks) throw std::runtime_error("too many threads for the emulator");
-  return stacks() + static_cast<size_t>(index) * kStack;
+  char* const stack = stacks() + static_cast<size_t>(index) * kStack;
+  __asan_unpoison_memory_region(stack, kStack);  // a launch that failed left its marks
+  return stack;
 }
 
 bool on_stack(const void* address) {
@@ -53,9 +55,9 @@ void poison(void* memory, size_t bytes) { std::memset(memory, 0xFF, bytes); }
 unsigned char* smem_slot(int slot) {
   if (slot >= kSlots) throw std::runtime_error("too many blocks for the emulator");
   char* const memory = arena() + static_cast<size_t>(slot) * kSlot;
-  ASAN_UNPOISON_MEMORY_REGION(memory, kSlot);
+  __asan_unpoison_memory_region(memory, kSlot);
   poison(memory, machine.config.smem);
-  ASAN_POISON_MEMORY_REGION(memory + machine.config.smem, kSlot - machine.config.smem);
+  __asan_poison_memory_region(memory + machine.config.smem, kSlot - machine.config.smem);
   return reinterpret_cast<unsigned char*>(memory);
 }
 

@@ -411,6 +411,7 @@ static void make_block(Cluster* cluster, uint3 idx, uint32_t rank) {
     fiber->context.uc_stack.ss_size = kStack;
     fiber->context.uc_link = nullptr;
     makecontext(&fiber->context, fiber_main, 0);
+    fiber->context.uc_stack.ss_size = 0;  // or AddressSanitizer clears its marks at every switch
     machine.ready.push_back(fiber.get());
     block->fibers.push_back(std::move(fiber));
   }
