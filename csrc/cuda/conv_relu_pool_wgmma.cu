@@ -297,6 +297,8 @@ __global__ void __launch_bounds__(kThreads, 1)
   const uint32_t weight_full = empty + 8 * Tile::kSlots, weight_empty = weight_full + 8 * kTaps;
   const int warp = warp_id();
   if (threadIdx.x == 0) {
+    prefetch_tensor_map(&input_map);
+    prefetch_tensor_map(&weight_map);
     for (int i = 0; i < Tile::kSlots; ++i) {
       mbar_init(full + 8 * i, 1);
       mbar_init(empty + 8 * i, 4);  // the warps of one group
@@ -344,14 +346,14 @@ void run(const ConvPoolForward& f, const WgmmaPlan& plan, const Params& p, cudaS
   using Tile = Halo<kRows, kAddressing>;
   const auto size = [](int64_t value) { return static_cast<uint64_t>(value); };
   const uint64_t channels = size(f.in_channels), w = size(f.in_w), h = size(f.in_h);
-  const uint64_t pixel = channels * 2, line = pixel * w, image = line * h;
+  const uint64_t pixel = channels * 2, line = pixel * w;
   TensorMapConfig map{};
   if constexpr (Tile::kSwizzled)
     map = {tensor_map_type<T>(),
            4,
            f.input,
            {channels, w, h, size(f.batch)},
-           {pixel, line, image},
+           {pixel, line, line * h},
            {kChannels, Tile::kPitch, Tile::kLines, 1},
            {1, 1, 1, 1, 1},
            CU_TENSOR_MAP_SWIZZLE_128B};
@@ -360,7 +362,7 @@ void run(const ConvPoolForward& f, const WgmmaPlan& plan, const Params& p, cudaS
            5,
            f.input,
            {8, w, h, channels / 8, size(f.batch)},
-           {pixel, line, 16, image},
+           {pixel, line, 16, line * h},
            {8, Tile::kPitch, Tile::kLines, 8, 1}};
   LaunchConfig config{"conv_relu_pool_wgmma", dim3(plan.grid), dim3(kThreads)};
   config.smem = Tile::kShared;
