@@ -158,7 +158,8 @@ class NinjaBuild(build_ext):
                 compile_to(kernels, "nvcc", source, has_sm90a + arch_flags(hopper))
             for source in sorted((CSRC / "cuda").glob("*.cpp")):
                 to = program if source.stem.endswith("_main") else hosts
-                compile_to(to, "cxx", source, f"{include} -isystem {toolkit}/include -DUSE_CUDA")
+                flags = f"{include} -isystem {toolkit}/include -DUSE_CUDA {has_sm90a}"
+                compile_to(to, "cxx", source, flags)
             libs = f"  libs = -L{toolkit}/lib64 -lcudart_static -lrt -ldl -lpthread"
             stub = work / "libtorch_cuda.so"
             lines.append(f"build {stub}: stub")

@@ -31,13 +31,17 @@ inline std::string describe(const LaunchConfig& config) {
          std::to_string(config.smem) + " bytes of shared memory)";
 }
 
-inline void check(cudaError_t error, const char* what) {
+inline std::string describe(const char* what) { return what; }
+
+// `what` failed: a text, or the launch's config, put into words only then.
+template <class What>
+void check(cudaError_t error, const What& what) {
   if (error == cudaSuccess) return;
 #ifdef PYOPS_EMULATE
-  throw std::runtime_error(what);
+  throw std::runtime_error(describe(what));
 #else
   cudaGetLastError();  // or the next launch would report this error again
-  throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
+  throw std::runtime_error(describe(what) + ": " + cudaGetErrorString(error));
 #endif
 }
 
@@ -53,7 +57,7 @@ void launch(const LaunchConfig& config, void (*kernel)(Params...), Args&&... arg
   if (config.smem > 48 * 1024)
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                static_cast<int>(config.smem)),
-          describe(config).c_str());
+          config);
   cudaLaunchAttribute attribute{};
   attribute.id = cudaLaunchAttributeClusterDimension;
   attribute.val.clusterDim.x = config.cluster.x;
@@ -67,8 +71,7 @@ void launch(const LaunchConfig& config, void (*kernel)(Params...), Args&&... arg
   native.stream = config.stream;
   native.attrs = &attribute;
   native.numAttrs = clustered ? 1 : 0;
-  check(cudaLaunchKernelEx(&native, kernel, static_cast<Params>(args)...),
-        describe(config).c_str());
+  check(cudaLaunchKernelEx(&native, kernel, static_cast<Params>(args)...), config);
 #endif
 }
 

@@ -58,6 +58,9 @@ inline Device device_of(const Tensor& like) {
     device.capability = major * 10 + minor;
     known[index] = device;
   }
+#ifndef PYOPS_SM90A  // built without code for 9.0a: none of its kernels
+  device.capability = std::min(device.capability, 89);
+#endif
   if (const char* lowered = std::getenv("PYOPS_CUDA_ARCH")) {
     device.capability = std::min(device.capability, std::atoi(lowered));
   }
