@@ -40,15 +40,11 @@ Tensor empty_dense(const Tensor& like, const std::array<int64_t, 4>& size, bool 
   return empty_strided(like, size, dense_strides(size, channels_last), dtype);
 }
 
-void run_forward(ConvPoolForward& p, const Tensor& like) {
+void run_forward(const ConvPoolForward& p, const Tensor& like) {
   const cudaStream_t stream = current_stream(like);
   switch (conv_relu_pool_forward_kernel(p)) {
-    case ForwardKernel::kHopper: {
-      const int64_t bytes = static_cast<int64_t>(conv_relu_pool_forward_hopper_workspace(p));
-      Tensor workspace = empty_vector(like, bytes, ScalarType::Byte);
-      p.workspace = workspace.mutable_data_ptr();
+    case ForwardKernel::kHopper:
       return conv_relu_pool_forward_hopper(p, stream);
-    }
     case ForwardKernel::kMma:
       return conv_relu_pool_forward_mma(p, stream);
     case ForwardKernel::kFma:

@@ -43,8 +43,6 @@ struct ConvPoolForward : ConvPoolGeometry {
   //   avg: bit (y * pool_w + x) set where that element passes the gradient whole
   //   none: bit 0 likewise
   uint8_t* codes;
-  // As many bytes as the kernel's workspace function says; aligned to 256.
-  void* workspace;
 };
 
 // The tensors lie as (batch, h, w, channels) without gaps.
@@ -63,9 +61,6 @@ enum class ForwardKernel : int {
 bool conv_relu_pool_forward_hopper_supports(const ConvPoolForward&);
 bool conv_relu_pool_forward_mma_supports(const ConvPoolForward&);
 bool conv_relu_pool_forward_fma_supports(const ConvPoolForward&);
-
-// Scratch that the kernel wants, in bytes.
-size_t conv_relu_pool_forward_hopper_workspace(const ConvPoolForward&);
 
 // Each throws std::runtime_error, with the kernel's name and sizes, if it cannot be launched.
 void conv_relu_pool_forward_hopper(const ConvPoolForward&, cudaStream_t);

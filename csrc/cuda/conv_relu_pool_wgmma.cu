@@ -56,10 +56,9 @@ struct Halo {
 };
 
 struct Params {
-  const unsigned char* weights;  // packed: (output block, channel block, tap), 8 KB each
-  const void* bias;              // (out_channels,) or null
-  void* output;                  // (batch, out_h, out_w, out_channels)
-  uint8_t* codes;                // the same, or null
+  const void* bias;  // (out_channels,) or null
+  void* output;      // (batch, out_h, out_w, out_channels)
+  uint8_t* codes;    // the same, or null
   int batch, out_channels, out_h, out_w, pad_h, pad_w;
   int tiles_h, tiles_w, output_blocks, channel_blocks;
   int last_steps;  // of 16 channels, in the last block of channels
@@ -122,17 +121,19 @@ PTX_FN void bring_halos(const CUtensorMap* map, const Params& p, uint32_t halos,
   }
 }
 
-PTX_FN void bring_weights(const Params& p, uint32_t weights, uint32_t full, uint32_t empty) {
+// A box is 64 x 64 channels of one tap; of a warp's 16 rows the first eight are its even channels,
+// the others the odd ones (weight_map).
+PTX_FN void bring_weights(const CUtensorMap* map, const Params& p, uint32_t weights, uint32_t full,
+                          uint32_t empty) {
   uint32_t phase = 0;
   for (int64_t work = blockIdx.x; work < p.works; work += gridDim.x) {
-    const int64_t first = work % p.output_blocks * p.channel_blocks;
+    const int output_block = static_cast<int>(work % p.output_blocks);
     for (int block = 0; block < p.channel_blocks; ++block) {
-      const unsigned char* source = p.weights + (first + block) * (kTaps * kWeightBytes);
       for (int tap = 0; tap < kTaps; ++tap) {
         mbar_wait(empty + 8 * tap, phase ^ 1);
         mbar_arrive_expect_tx(full + 8 * tap, kWeightBytes);
-        bulk_load(weights + tap * kWeightBytes, source + tap * kWeightBytes, kWeightBytes,
-                  full + 8 * tap);
+        tma_load<5>(weights + tap * kWeightBytes, map, full + 8 * tap,
+                    {block * kChannels, 0, 0, output_block * (kChannels / 16), tap});
       }
       phase ^= 1;
     }
@@ -140,7 +141,7 @@ PTX_FN void bring_weights(const Params& p, uint32_t weights, uint32_t full, uint
   }
 }
 
-// A thread holds channels 2g and 2g + 1 (g = lane / 4) of its warp's 16, since the rows of packed
+// A thread holds channels 2g and 2g + 1 (g = lane / 4) of its warp's 16, since the rows of
 // weights alternate so, and columns 2t and 2t + 1 (t = lane % 4) of every line: whole windows.
 // Eight lanes store 32 bytes in a row.
 template <class T, int kRows, bool kCodes>
@@ -286,7 +287,8 @@ PTX_FN void multiply(const Params& p, int group, uint32_t weights, uint32_t halo
 
 template <class T, int kRows, Addressing kAddressing>
 __global__ void __launch_bounds__(kThreads, 1)
-    conv_relu_pool_wgmma_kernel(const __grid_constant__ CUtensorMap map, const Params p) {
+    conv_relu_pool_wgmma_kernel(const __grid_constant__ CUtensorMap input_map,
+                                const __grid_constant__ CUtensorMap weight_map, const Params p) {
   using Tile = Halo<kRows, kAddressing>;
   DYN_SMEM(shared);
   const uint32_t weights = smem_addr(shared);
@@ -295,6 +297,8 @@ __global__ void __launch_bounds__(kThreads, 1)
   const uint32_t weight_full = empty + 8 * Tile::kSlots, weight_empty = weight_full + 8 * kTaps;
   const int warp = warp_id();
   if (threadIdx.x == 0) {
+    prefetch_tensor_map(&input_map);
+    prefetch_tensor_map(&weight_map);
     for (int i = 0; i < Tile::kSlots; ++i) {
       mbar_init(full + 8 * i, 1);
       mbar_init(empty + 8 * i, 4);  // the warps of one group
@@ -307,50 +311,49 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
   sync_threads();
   if (warp < 4) {
-    if (warp == 0 && elect_one()) bring_halos<kRows, kAddressing>(&map, p, halos, full, empty);
-    if (warp == 1 && elect_one()) bring_weights(p, weights, weight_full, weight_empty);
+    if (warp == 0 && elect_one())
+      bring_halos<kRows, kAddressing>(&input_map, p, halos, full, empty);
+    if (warp == 1 && elect_one()) bring_weights(&weight_map, p, weights, weight_full, weight_empty);
   } else {
     multiply<T, kRows, kAddressing>(p, warp / 4 - 1, weights, halos, weight_full, weight_empty,
                                     full, empty);
   }
 }
 
-// ---- weights ----
-
-// (out_channels, 3, 3, in_channels) to tiles of one tap, 64 x 64 channels, in the 128-byte swizzle:
-// eight rows of a warp's 16 are the even channels, eight the odd ones. Zeros beyond the weight.
-__global__ void pack_weights_kernel(const uint4* weight, uint4* packed, int out_channels,
-                                    int in_channels, int channel_blocks, int64_t count) {
-  const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;  // of 16 bytes
-  if (i >= count) return;
-  const int place = static_cast<int>(i % 8), row = static_cast<int>(i / 8 % kChannels);
-  const int64_t tile = i / (8 * kChannels);
-  const int tap = static_cast<int>(tile % kTaps);
-  const int block = static_cast<int>(tile / kTaps % channel_blocks);
-  const int out_block = static_cast<int>(tile / kTaps / channel_blocks);
-  const int out = out_block * kChannels + row / 16 * 16 + row % 8 * 2 + row / 8 % 2;
-  const int in = block * kChannels + (place ^ row % 8) * 8;
-  uint4 value{0, 0, 0, 0};
-  if (out < out_channels && in < in_channels)
-    value = weight[((static_cast<int64_t>(out) * kTaps + tap) * in_channels + in) / 8];
-  packed[i] = value;
-}
-
 // ---- host ----
+
+// (out_channels, 3, 3, in_channels) with the output channels taken apart, 16 w + 2 r + odd, so that
+// a box has them in the order w, odd, r.
+template <class T>
+CUtensorMap weight_map(const ConvPoolForward& f) {
+  const uint64_t in = static_cast<uint64_t>(f.in_channels);
+  const uint64_t out = static_cast<uint64_t>(f.out_channels);
+  const uint64_t tap = 2 * in, channel = kTaps * tap;
+  TensorMapConfig map{};
+  map = {tensor_map_type<T>(),
+         5,
+         f.weight,
+         {in, 8, 2, out / 16, kTaps},
+         {2 * channel, channel, 16 * channel, tap},
+         {kChannels, 8, 2, kChannels / 16, 1},
+         {1, 1, 1, 1, 1},
+         CU_TENSOR_MAP_SWIZZLE_128B};
+  return make_tensor_map(map);
+}
 
 template <class T, int kRows, Addressing kAddressing>
 void run(const ConvPoolForward& f, const WgmmaPlan& plan, const Params& p, cudaStream_t stream) {
   using Tile = Halo<kRows, kAddressing>;
   const auto size = [](int64_t value) { return static_cast<uint64_t>(value); };
   const uint64_t channels = size(f.in_channels), w = size(f.in_w), h = size(f.in_h);
-  const uint64_t pixel = channels * 2, line = pixel * w, image = line * h;
+  const uint64_t pixel = channels * 2, line = pixel * w;
   TensorMapConfig map{};
   if constexpr (Tile::kSwizzled)
     map = {tensor_map_type<T>(),
            4,
            f.input,
            {channels, w, h, size(f.batch)},
-           {pixel, line, image},
+           {pixel, line, line * h},
            {kChannels, Tile::kPitch, Tile::kLines, 1},
            {1, 1, 1, 1, 1},
            CU_TENSOR_MAP_SWIZZLE_128B};
@@ -359,14 +362,14 @@ void run(const ConvPoolForward& f, const WgmmaPlan& plan, const Params& p, cudaS
            5,
            f.input,
            {8, w, h, channels / 8, size(f.batch)},
-           {pixel, line, 16, image},
+           {pixel, line, 16, line * h},
            {8, Tile::kPitch, Tile::kLines, 8, 1}};
   LaunchConfig config{"conv_relu_pool_wgmma", dim3(plan.grid), dim3(kThreads)};
   config.smem = Tile::kShared;
   config.stream = stream;
   launch(config,
          planned<conv_relu_pool_wgmma_kernel<T, kRows, kAddressing>, kThreads, Tile::kShared>(),
-         make_tensor_map(map), p);
+         make_tensor_map(map), weight_map<T>(f), p);
 }
 
 template <class T, Addressing kAddressing>
@@ -400,14 +403,7 @@ void run_addressing(const ConvPoolForward& f, Addressing addressing, const Wgmma
 void conv_relu_pool_forward_wgmma(const ConvPoolForward& f, Addressing addressing,
                                   cudaStream_t stream) {
   const WgmmaPlan plan = conv_relu_pool_wgmma_plan(f, addressing);
-  const int64_t chunks = static_cast<int64_t>(conv_relu_pool_forward_hopper_workspace(f) / 16);
-  LaunchConfig pack{"conv_relu_pool_pack_weights", dim3((chunks + 255) / 256), dim3(256)};
-  pack.stream = stream;
-  launch(pack, planned<pack_weights_kernel, 256>(), static_cast<const uint4*>(f.weight),
-         static_cast<uint4*>(f.workspace), static_cast<int>(f.out_channels),
-         static_cast<int>(f.in_channels), plan.channel_blocks, chunks);
   Params p{};
-  p.weights = static_cast<const unsigned char*>(f.workspace);
   p.bias = f.bias;
   p.output = f.output;
   p.codes = f.codes;

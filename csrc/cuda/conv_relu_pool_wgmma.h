@@ -34,7 +34,7 @@ struct WgmmaPlan {
 
 WgmmaPlan conv_relu_pool_wgmma_plan(const ConvPoolForward&, Addressing);
 
-// 3x3, channels a multiple of 8, 16 or more. Wants conv_relu_pool_forward_hopper_workspace().
+// 3x3, input channels a multiple of 8, 16 or more, output channels of 16.
 void conv_relu_pool_forward_wgmma(const ConvPoolForward&, Addressing, cudaStream_t);
 bool conv_relu_pool_forward_wgmma_supports(const ConvPoolForward&);
 

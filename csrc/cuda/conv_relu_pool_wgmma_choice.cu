@@ -49,7 +49,7 @@ Addressing chosen_addressing() {
 
 bool conv_relu_pool_forward_wgmma_supports(const ConvPoolForward& f) {
   return takes(f) && f.kernel_h == 3 && f.kernel_w == 3 && f.in_channels % 8 == 0 &&
-         f.in_channels >= 16 && f.in_channels < kMostSize &&
+         f.out_channels % 16 == 0 && f.in_channels >= 16 && f.in_channels < kMostSize &&
          is_channels_last(f.in, f.in_channels, f.in_h, f.in_w) && aligned(f.input) &&
          aligned(f.weight);
 }
@@ -95,13 +95,6 @@ WgmmaPlan conv_relu_pool_wgmma_plan(const ConvPoolForward& f, Addressing address
 
 bool conv_relu_pool_forward_hopper_supports(const ConvPoolForward& f) {
   return conv_relu_pool_forward_wgmma_supports(f) || conv_relu_pool_forward_wgmma_stem_supports(f);
-}
-
-size_t conv_relu_pool_forward_hopper_workspace(const ConvPoolForward& f) {
-  if (!conv_relu_pool_forward_wgmma_supports(f)) return 0;
-  return static_cast<size_t>(parts(f.out_channels, kBlockChannels) *
-                             parts(f.in_channels, kBlockChannels) * kTaps * kBlockChannels *
-                             kBlockChannels * 2);
 }
 
 void conv_relu_pool_forward_hopper(const ConvPoolForward& f, cudaStream_t stream) {

@@ -30,7 +30,6 @@ PLAN = {
     "conv_relu_pool_sum_parts_kernel": (32, 1.0, None),
     "conv_relu_pool_wgmma_kernel": (168, 0.1875, "HGMMA"),
     "conv_relu_pool_wgmma_stem_kernel": (128, 0.25, "HGMMA"),
-    "pack_weights_kernel": (32, 1.0, None),
 }
 
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from build import HERE, ROOT, Emulated
 from torch import Tensor
 
-from build import HERE, ROOT, Emulated
 from pyops.reference.conv_relu_pool import ConvPoolSpec, make_codes
 from pyops.testing import assert_within_budget
 
@@ -76,9 +76,9 @@ class Case:
         )
 
     def facts(self, kernels: Emulated, addressing: str = "copies") -> list[int]:
-        """0 neither kernel, 1 deep, 2 first layers; workspace; rows, tiles_h, tiles_w, works, resident, grid."""
+        """0 neither kernel, 1 deep, 2 first layers; rows, tiles_h, tiles_w, works, resident, grid."""
         x, w, _ = self.tensors()
-        facts = torch.zeros(8, dtype=torch.int64)
+        facts = torch.zeros(7, dtype=torch.int64)
         kernels.call(
             "conv_relu_pool_wgmma_facts",
             *(self.sizes(x), float(self.slope), x, w, None, None),
@@ -100,11 +100,10 @@ class Case:
         codes = None
         if self.codes and self.pool:
             codes = torch.full(lying, 77, dtype=torch.uint8)
-        workspace = torch.full((self.facts(kernels)[1],), 255, dtype=torch.uint8)
         kernels.call(
             "conv_relu_pool_wgmma",
             *(self.sizes(x), float(self.slope), x, w.permute(0, 2, 3, 1).contiguous(), b),
-            *(out, codes, workspace, ADDRESSINGS[addressing]),
+            *(out, codes, ADDRESSINGS[addressing]),
             **options,
         )
         return out.permute(0, 3, 1, 2), None if codes is None else codes.permute(0, 3, 1, 2)

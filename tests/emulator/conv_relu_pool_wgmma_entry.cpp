@@ -9,7 +9,7 @@ namespace {
 
 struct Tensors {
   const void *input, *weight, *bias;
-  void *output, *codes, *workspace;
+  void *output, *codes;
 };
 
 // sizes: batch, in_channels, in_h, in_w, out_channels, kernel_h, kernel_w, pad_h, pad_w,
@@ -44,7 +44,6 @@ ConvPoolForward forward(const int64_t* sizes, float slope, const Tensors& tensor
   f.bias = tensors.bias;
   f.output = tensors.output;
   f.codes = static_cast<uint8_t*>(tensors.codes);
-  f.workspace = tensors.workspace;
   return f;
 }
 
@@ -56,10 +55,9 @@ extern "C" {
 // of the deep kernel, or -1 for what the op would take.
 const char* conv_relu_pool_wgmma(const int64_t* sizes, float slope, const void* input,
                                  const void* weight, const void* bias, void* output, void* codes,
-                                 void* workspace, int64_t addressing) {
+                                 int64_t addressing) {
   return emu::run([&] {
-    const ConvPoolForward f =
-        forward(sizes, slope, {input, weight, bias, output, codes, workspace});
+    const ConvPoolForward f = forward(sizes, slope, {input, weight, bias, output, codes});
     if (addressing < 0)
       conv_relu_pool_forward_hopper(f, nullptr);
     else
@@ -67,25 +65,23 @@ const char* conv_relu_pool_wgmma(const int64_t* sizes, float slope, const void* 
   });
 }
 
-// facts: 0 neither kernel, 1 deep, 2 first layers; bytes of workspace; rows, tiles_h, tiles_w,
+// facts: 0 neither kernel, 1 deep, 2 first layers; rows, tiles_h, tiles_w,
 // works, resident, grid of the plan.
 const char* conv_relu_pool_wgmma_facts(const int64_t* sizes, float slope, const void* input,
                                        const void* weight, void* output, void* codes,
                                        int64_t addressing, int64_t* facts) {
   return emu::run([&] {
-    const ConvPoolForward f =
-        forward(sizes, slope, {input, weight, nullptr, output, codes, nullptr});
+    const ConvPoolForward f = forward(sizes, slope, {input, weight, nullptr, output, codes});
     const WgmmaPlan plan = conv_relu_pool_wgmma_plan(f, static_cast<Addressing>(addressing));
     facts[0] = conv_relu_pool_forward_wgmma_supports(f)        ? 1
                : conv_relu_pool_forward_wgmma_stem_supports(f) ? 2
                                                                : 0;
-    facts[1] = static_cast<int64_t>(conv_relu_pool_forward_hopper_workspace(f));
-    facts[2] = plan.rows;
-    facts[3] = plan.tiles_h;
-    facts[4] = plan.tiles_w;
-    facts[5] = plan.works;
-    facts[6] = plan.resident;
-    facts[7] = plan.grid;
+    facts[1] = plan.rows;
+    facts[2] = plan.tiles_h;
+    facts[3] = plan.tiles_w;
+    facts[4] = plan.works;
+    facts[5] = plan.resident;
+    facts[6] = plan.grid;
   });
 }
 

@@ -9,10 +9,9 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+import build
 import pytest
 from conv_pool_wgmma_run import Case, Emulated, sources
-
-import build
 
 pytestmark = pytest.mark.skipif(build.missing() is not None, reason=str(build.missing()))
 
@@ -27,7 +26,7 @@ def _infinite(x):
 
 
 RESIDENT = Case((9, 64, 9, 8), 64, whole=True, multiprocessors=1)
-RING = Case((7, 128, 9, 8), 64, whole=True, multiprocessors=1)
+RING = Case((5, 128, 9, 8), 128, whole=True, multiprocessors=1)
 THREE = Case((6, 3, 8, 12), 40, whole=True, multiprocessors=1)
 ONE = Case((1, 1, 12, 12), 32, edit=_infinite)
 
@@ -85,8 +84,9 @@ BUGS = [
         "wgmma_commit();\n          } else {  // a last"),
     Bug(DEEP, RING, "false", "true", NUMBERS, "bool accumulate = false;"),
     Bug(DEEP, RESIDENT, "kPitch * 128", "1024", NUMBERS, "s) * 128, 1, kPitch * 128);"),
-    Bug(DEEP, RESIDENT, "row / 16 * 16 + row % 8 * 2 + row / 8 % 2", "row", NUMBERS),
-    Bug(DEEP, RESIDENT, "(place ^ row % 8)", "place", NUMBERS),
+    Bug(DEEP, RING, "output_block * (kChannels / 16)", "output_block", NUMBERS),
+    Bug(DEEP, RING, "16 * channel", "8 * channel", NUMBERS, "channel, 16 * channel, tap}"),
+    Bug(DEEP, RING, "2 * channel", "channel", NUMBERS, "{2 * channel, channel,"),
     # stores
     Bug(DEEP, RESIDENT, "if (tile.image == p.batch) continue;", "", OUTSIDE),
     Bug(DEEP, RESIDENT, "if (tile.y * (kRows / 2) + i >= p.out_h) break;", "",
