@@ -49,8 +49,7 @@ __global__ void mma_kernel(const uint32_t* a_in, const uint32_t* b_in, float* d_
   for (int i = 0; i < 4; ++i) d_io[threadIdx.x * 4 + i] = d[i];
 }
 
-/// Thread i copies 16 bytes, of which valid[i] come from `in`; one group each, the last not waited
-/// for by `pending` threads' reads of their own bytes.
+/// Thread i copies 16 bytes, of which valid[i] come from `in`.
 __global__ void cp_async_kernel(const unsigned char* in, const int* valid, unsigned char* image) {
   DYN_SMEM(smem);
   cp_async<16>(smem_addr(smem) + threadIdx.x * 16, in + threadIdx.x * 16, valid[threadIdx.x]);
@@ -196,6 +195,61 @@ __global__ void barriers_kernel(int* out) {
   cluster_sync();
 }
 
+/// Block 0 of two copies its numbers to block 1, by one bulk copy and by an mbarrier that each of
+/// its threads arrives at; block 1 brings its own by cp.async, which arrives at an mbarrier, too.
+/// sums[i] = in[i] + in[32 + i], twice.
+__global__ void cluster_copies_kernel(const float* in, float* sums) {
+  DYN_SMEM(smem);
+  const uint32_t own = smem_addr(smem), theirs = own + 128, stored = own + 256;
+  const uint32_t copied = own + 384, arrived = copied + 8, brought = copied + 16;
+  const uint32_t rank = cluster_rank(), i = threadIdx.x;
+  if (i == 0) {
+    mbar_init(copied, 1);
+    mbar_init(arrived, 32);
+    mbar_init(brought, 32);
+    fence_mbarrier_init();
+    if (rank == 1) mbar_arrive_expect_tx(copied, 128);
+  }
+  cluster_sync();
+  cp_async<4>(own + 4 * i, in + 32 * rank + i);
+  cp_async_mbar_arrive(brought);
+  mbar_wait(brought, 0);
+  if (rank == 0) {
+    st_cluster(map_cluster(stored + 4 * i, 1), ld_shared<float>(own + 4 * i));
+    mbar_arrive_cluster(map_cluster(arrived, 1));
+    fence_proxy_async();
+    sync_warp();
+    if (i == 0) bulk_copy_cluster(map_cluster(theirs, 1), own, 128, map_cluster(copied, 1));
+  } else {
+    mbar_wait_cluster(copied, 0);
+    sums[i] = ld_shared<float>(own + 4 * i) + ld_shared<float>(theirs + 4 * i);
+    mbar_wait_cluster(arrived, 0);
+    sums[32 + i] = ld_shared<float>(own + 4 * i) + ld_shared<float>(stored + 4 * i);
+  }
+  cluster_sync();
+}
+
+/// Two products of one warpgroup in flight with A in registers; `bug` 1 overwrites those too early,
+/// 2 gives both products the same accumulators but for one, 3 is another product in one warp.
+__global__ void flights_kernel(int bug, float* out) {
+  DYN_SMEM(smem);
+  for (int i = threadIdx.x; i < 1024; i += 128) smem[i] = 0;
+  fence_proxy_async_shared();
+  sync_threads();
+  float sums[24];
+  uint32_t rows[4] = {0, 0, 0, 0};
+  const uint64_t b = smem_descriptor<Swizzle::None>(smem_addr(smem), 128, 256);
+  float (&first)[16] = reinterpret_cast<float (&)[16]>(sums[0]);
+  float (&second)[8] = reinterpret_cast<float (&)[8]>(sums[bug == 2 ? 15 : 16]);
+  wgmma_fence();
+  wgmma<__nv_bfloat16, 32>(first, rows, b, false);
+  wgmma<__nv_bfloat16, 16>(second, rows, bug == 3 && warp_id() == 1 ? b + 16 : b, false);
+  wgmma_commit();
+  if (bug == 1) rows[1] = threadIdx.x;
+  wgmma_wait<0>();
+  out[threadIdx.x] = sums[0] + sums[23] + static_cast<float>(rows[1]);
+}
+
 __global__ void arithmetic_kernel(const float* in, float* out, int count) {
   for (int i = threadIdx.x; i < count; i += blockDim.x) {
     const float x = in[i];
@@ -315,6 +369,14 @@ const char* run_warp(int* out) {
 
 const char* run_barriers(int* out) {
   return emu::run([&] { launch(on(96, 16, 2), barriers_kernel, out); });
+}
+
+const char* run_cluster_copies(const float* in, float* sums) {
+  return emu::run([&] { launch(on(32, 408, 2), cluster_copies_kernel, in, sums); });
+}
+
+const char* run_flights(int64_t bug, float* out) {
+  return emu::run([&] { launch(on(128, 1024), flights_kernel, static_cast<int>(bug), out); });
 }
 
 const char* run_arithmetic(const float* in, float* out, int64_t count) {

@@ -107,10 +107,13 @@ struct Page {
   Word words[256];
 };
 static std::unordered_map<uintptr_t, std::unique_ptr<Page>> pages;
+static Page* page = nullptr;  // the latest one
+static uintptr_t page_number = 0;
 
 void race_begin_wave() {
   if (!racing) return;
   std::fill(std::begin(machine.tma_clocks), std::end(machine.tma_clocks), 0);
+  page = nullptr;
   if (machine.wave == 1) pages.clear();
   for (const auto& block : machine.blocks)
     for (const auto& fiber : block->fibers) {
@@ -123,8 +126,7 @@ void race_begin_wave() {
 void race_begin_block(Block& block) {
   if (!racing) return;
   const auto start = reinterpret_cast<uintptr_t>(block.smem) / 1024;
-  for (uintptr_t page = start; page <= start + machine.config.smem / 1024; ++page)
-    pages.erase(page);
+  for (uintptr_t i = start; i <= start + machine.config.smem / 1024; ++i) pages.erase(i);
 }
 
 static std::string text(const Mark& mark) {
@@ -166,8 +168,12 @@ static bool ordered(const Mark& earlier, const Actor& actor, int access) {
 }
 
 static void mark_word(const Actor& actor, uintptr_t word, uint8_t bytes, int access, Site site) {
-  std::unique_ptr<Page>& page = pages[word >> 8];
-  if (page == nullptr) page = std::make_unique<Page>();
+  if (page == nullptr || page_number != word >> 8) {
+    page_number = word >> 8;
+    std::unique_ptr<Page>& place = pages[page_number];
+    if (place == nullptr) place = std::make_unique<Page>();
+    page = place.get();
+  }
   const Mark now{reinterpret_cast<uint64_t>(site.file) << 16 | static_cast<uint16_t>(site.line),
                  actor.clock,
                  machine.wave,

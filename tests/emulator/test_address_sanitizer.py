@@ -22,6 +22,8 @@ def test_address_sanitizer(tmp_path):
     library = subprocess.run(
         ["g++", "-print-file-name=libasan.so"], capture_output=True, text=True, check=True
     ).stdout.strip()
+    if not os.path.isabs(library):
+        pytest.skip("g++ comes without AddressSanitizer")
     options = "detect_leaks=0:halt_on_error=0:detect_stack_use_after_return=0"
     environment = os.environ | {"LD_PRELOAD": library, "ASAN_OPTIONS": options}
     done = subprocess.run(

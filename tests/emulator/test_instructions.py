@@ -257,6 +257,32 @@ def test_named_barriers_and_distributed_shared_memory(run):
         assert out.tolist() == [21, 28, 28, 21]
 
 
+@pytest.mark.parametrize("mode", ["early", "late", "random"])
+def test_copies_between_blocks_of_a_cluster(run, mode):
+    data = torch.randn(64)
+    for seed in range(4):
+        sums = torch.zeros(2, 32)
+        run("cluster_copies", data, sums, seed=seed, mode=mode)
+        assert torch.equal(sums, (data[:32] + data[32:]).expand(2, 32))
+
+
+REPORTS = {
+    1: "A registers of a wgmma were overwritten",
+    2: "accumulators overlap others in flight",
+    3: "warps . and . of the warpgroup issue different operations",
+}
+
+
+@pytest.mark.parametrize("mode", ["early", "late"])
+def test_registers_of_wgmmas_in_flight(run, mode):
+    out = torch.ones(128)
+    run("flights", 0, out, mode=mode)
+    assert torch.equal(out, torch.zeros(128))
+    for bug, report in REPORTS.items():
+        with pytest.raises(EmulatorError, match=report):
+            run("flights", bug, out, mode=mode)
+
+
 def test_arithmetic(run):
     x = torch.tensor([0.5, 2.0, -3.0, 1e-40, float("inf"), float("-inf"), float("nan"), 1 + 2**-11])
     out = torch.empty(len(x), 6)
