@@ -148,6 +148,7 @@ void run_forward(ConvReluPoolParams& p, const Tensor& weight) {
     if (PYOPS_ISA_SELECT(conv_relu_pool_stem)(p)) return;
     if (PYOPS_ISA_SELECT(conv_relu_pool_winograd_int16)(p)) return;
     if (PYOPS_ISA_SELECT(conv_relu_pool_winograd)(p)) return;
+    if (PYOPS_ISA_SELECT(conv_relu_pool_winograd_any_pool)(p)) return;
     if (PYOPS_ISA_SELECT(conv_relu_pool_depthwise)(p)) return;
     if (PYOPS_ISA_SELECT(conv_relu_pool_direct)(p)) return;
   }

@@ -258,11 +258,24 @@ class WinogradBlocks {
     }
     Run runs[kMaxTiles * kHeight];
     const int num_runs = make_runs(block, runs);
+    if (p.sums != nullptr) return store_sums(runs, num_runs, values, k0);
     with_type(p.dtype,
               [&](auto t) { store_runs<decltype(t)>(p, runs, num_runs, values, codes, k0); });
   }
 
  private:
+  void store_sums(const Run* runs, int num_runs, const float* values, int64_t k0) const {
+    const int64_t channels = ceil_div(p.out_channels, kLanes) * kLanes;
+    const int64_t width = smaller(kBlockChannels, channels - k0);
+    for (const Run* run = runs; run < runs + num_runs; ++run) {
+      const float* from = values + run->at * static_cast<int64_t>(kBlockChannels);
+      float* to = p.sums + (run->image * p.out_h * p.out_w + run->pixel) * channels + k0;
+      for (int i = 0; i < run->length; ++i, from += kBlockChannels, to += channels) {
+        for (int64_t k = 0; k < width; k += kLanes) store(to + k, load(from + k));
+      }
+    }
+  }
+
   // Square blocks pack fewer halo pixels, but long rows come from memory several times faster.
   void choose_block(int64_t most_tiles, int64_t gemm_rows) {
     const int64_t total_rows = p.batch * tiles_h;

@@ -318,9 +318,10 @@ def _slower_on_cpu(
     )
     if pixels < 100 and out_channels * group_channels > 2**17 and (half or taps == 1):
         return True  # packing the weights costs as much as using them
+    if pixels < 200 and out_channels * group_channels >= 2**16 and half and needs_grad:
+        return True
     if (kernel_h, kernel_w, *spec.stride, *spec.dilation) == (3, 3, 1, 1, 1, 1):
-        small_windows = spec.pool_size == spec.pool_stride == (2, 2)
-        return not (spec.pool == "none" or small_windows) and group_channels >= 128
+        return False
     return spec.pool == "none" and taps > 1 and group_channels >= 64
 
 
