@@ -106,6 +106,8 @@ def samples(value: Any, dims: Any, size: int) -> list[Any]:
 def each_sample(op: Any, size: int, in_dims: tuple[Any, ...], args: tuple[Any, ...]) -> Any:
     """vmap by one call a sample: the results stacked along dimension 0, a tensor or a tuple as the op's."""
     columns = [samples(a, d, size) for a, d in zip(args, in_dims, strict=True)]
+    if size == 0:
+        raise RuntimeError(f"vmap: {op} maps nothing but inputs over a dimension of size 0")
     calls = [op(*own) for own in zip(*columns, strict=True)]
     if isinstance(calls[0], torch.Tensor):
         return torch.stack(calls)
@@ -115,6 +117,12 @@ def each_sample(op: Any, size: int, in_dims: tuple[Any, ...], args: tuple[Any, .
         else torch.stack(column)
         for column in zip(*calls, strict=True)
     )
+
+
+def forward_of(backward_op: Any) -> Any:
+    """`pyops::<op>` of `pyops::<op>_backward`."""
+    name = backward_op._schema.name.removeprefix("pyops::").removesuffix("_backward")
+    return getattr(torch.ops.pyops, name).default
 
 
 def autocasting(device: torch.device) -> bool:
@@ -139,3 +147,8 @@ def needs_plain_torch() -> bool:
         return True
     stack = get_interpreter_stack()
     return stack is not None and any(i.key() != TransformType.Vmap for i in stack)
+
+
+# torch.compile asks it as it traces, within the transforms that it traces, and keeps the answer;
+# what torch._dynamo.assume_constant_result does, without importing torch._dynamo.
+needs_plain_torch._dynamo_marked_constant = True  # type: ignore[attr-defined]

@@ -18,7 +18,7 @@ from ..reference.attention import AttentionSpec
 from . import _arguments as arguments
 from . import _registration as registration
 from . import attention_checks as checks
-from ._choice import Plans
+from ._choice import Plans, settle
 from .attention_rules import EagerFunction
 
 _OP = "attention"
@@ -147,12 +147,7 @@ def _attention(
     if bias is not None and bias.dim() < 4:
         bias = bias[(None,) * (4 - bias.dim())]
     alibi_slopes, sinks = checks.per_head(alibi_slopes), checks.per_head(sinks)
-    if not compiling and use != "reference" and registration.needs_plain_torch():
-        if backend is not None:
-            raise RuntimeError(
-                f"backend: {backend} has no forward-mode or torch.func derivatives; use backend=None"
-            )
-        use = "reference"
+    use = settle(use, backend)
     if use == "reference":
         return reference.attention(query, key, value, bias, alibi_slopes, sinks, rng_state, spec)
     query, key, value = checks.unit_last(query), checks.unit_last(key), checks.unit_last(value)

@@ -12,7 +12,7 @@ from ..reference import attention_varlen as reference
 from ..reference.attention import AttentionSpec
 from . import _registration as registration
 from . import attention_checks as checks
-from ._choice import Plans
+from ._choice import Plans, settle
 from .attention_varlen_rules import EagerFunction
 
 _OP = "attention_varlen"
@@ -93,12 +93,7 @@ def attention_varlen(
     if generator is not None or spec.dropout_p:
         rng_state = checks.draw_rng_state(spec.dropout_p, generator, query.device)
     alibi_slopes, sinks = checks.per_head(alibi_slopes), checks.per_head(sinks)
-    if not compiling and use != "reference" and registration.needs_plain_torch():
-        if backend is not None:
-            raise RuntimeError(
-                f"backend: {backend} has no forward-mode or torch.func derivatives; use backend=None"
-            )
-        use = "reference"
+    use = settle(use, backend)
     cu_seqlens = (cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous())
     if use == "reference":
         output, lse = reference.attention_varlen(

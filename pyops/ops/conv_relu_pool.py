@@ -18,7 +18,7 @@ from ..reference import conv_relu_pool as reference
 from ..reference.conv_relu_pool import ConvPoolSpec, codes_fit, conv_extents, pool_extents
 from . import _arguments as arguments
 from . import _registration as registration
-from ._choice import Plans, choose
+from ._choice import Plans, choose, settle
 from .conv_relu_pool_rules import EagerFunction
 
 _OP = "conv_relu_pool2d"
@@ -106,12 +106,7 @@ def conv_relu_pool2d(
     if plan.extra_padding is not None:
         input = F.pad(input, plan.extra_padding)
     use, flat = plan.backend, plan.flat
-    if not compiling and use != "reference" and registration.needs_plain_torch():
-        if backend is not None:
-            raise RuntimeError(
-                f"backend: {backend} has no forward-mode or torch.func derivatives; use backend=None"
-            )
-        use = "reference"
+    use = settle(use, backend)
     if use == "reference":
         return reference.conv_relu_pool2d(input, weight, bias, plan.spec)
     batched = input if input.dim() == 4 else input.unsqueeze(0)

@@ -17,7 +17,7 @@ from ..reference import conv_transpose_act as reference
 from ..reference.conv_transpose_act import ConvTransposeSpec, output_extents
 from . import _arguments as arguments
 from . import _registration as registration
-from ._choice import Plans, choose
+from ._choice import Plans, choose, settle
 from .conv_transpose_act_rules import EagerFunction
 
 _OP = "conv_transpose2d_act"
@@ -94,12 +94,7 @@ def conv_transpose2d_act(
     else:
         plan = _plans.find((facts, options), options, lambda: _plan(facts, options, tensors))
     use, spec, needs_grad = plan
-    if not compiling and use != "reference" and registration.needs_plain_torch():
-        if backend is not None:
-            raise RuntimeError(
-                f"backend: {backend} has no forward-mode or torch.func derivatives; use backend=None"
-            )
-        use = "reference"
+    use = settle(use, backend)
     input, weight, bias, scale, shift = tensors
     if use == "reference":
         return reference.conv_transpose2d_act(input, weight, bias, scale, shift, spec)

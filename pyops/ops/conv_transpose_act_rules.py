@@ -220,8 +220,8 @@ def _vmap_of(op: Any, folds: bool) -> Any:
 
     def rule(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
         if folds and all(d is None for d in in_dims[1:]):
-            images = args[0].movedim(in_dims[0], 0).flatten(0, 1)
-            return op(images, *args[1:]).unflatten(0, (info.batch_size, -1)), 0
+            images = args[0].movedim(in_dims[0], 0)
+            return op(images.flatten(0, 1), *args[1:]).unflatten(0, images.shape[:2]), 0
         results = registration.each_sample(op, info.batch_size, in_dims, args)
         return results, 0 if isinstance(results, Tensor) else (0,) * len(results)
 

@@ -18,7 +18,7 @@ from ..reference import lstm as reference
 from ..reference.lstm import LSTMSpec, Variant
 from . import _registration as registration
 from . import lstm_checks as checks
-from ._choice import Plans, choose
+from ._choice import Plans, choose, settle
 from .lstm_checks import Sizes
 from .lstm_rules import EagerFunction
 
@@ -127,12 +127,7 @@ def lstm(
     if states is None:
         states = _zero_states(input, plan, input.shape[1] if batch is None else batch)
     use = plan.backend
-    if use != "reference" and not compiling and registration.needs_plain_torch():
-        if backend is not None:
-            raise RuntimeError(
-                f"backend: {backend} has no forward-mode or torch.func derivatives; use backend=None"
-            )
-        use = "reference"
+    use = settle(use, backend)
     if use == "reference" or (use == _TORCH and compiling):
         output, h, c = reference.lstm(input, *states, weights, batch_sizes, plan.spec, plan.variant)
     elif use == _TORCH:
