@@ -51,18 +51,17 @@ float direct_value(const ConvReluPoolParams& p, int64_t n, int64_t k, int64_t y,
   const int64_t channel = p.weight_channels_last ? 1 : 9;
   const int64_t plane = p.in_h * p.in_w, step = p.channels_last ? 1 : plane;
   const int64_t pixel = p.channels_last ? p.in_channels : 1;
-  float sum = 0;
+  double sum = 0;  // in which no part overflows
   for (int64_t c = 0; c < p.in_channels; ++c) {
     const T* const from = input + n * p.in_channels * plane + c * step;
-    float part = 0;
     for (int64_t i = 0; i < 9; ++i) {
       const int64_t iy = y - p.pad_h + i / 3, ix = x - p.pad_w + i % 3;
       if (iy < 0 || iy >= p.in_h || ix < 0 || ix >= p.in_w) continue;
-      part += to_float(weight[c * channel + i * tap]) * to_float(from[(iy * p.in_w + ix) * pixel]);
+      sum += static_cast<double>(to_float(weight[c * channel + i * tap])) *
+             to_float(from[(iy * p.in_w + ix) * pixel]);
     }
-    sum += part;
   }
-  return sum;
+  return static_cast<float>(sum);
 }
 // A convolution cut into tiles of kHeight x kWidth outputs, whole pooling windows each.
 template <int kHeight, int kWidth>
