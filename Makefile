@@ -41,7 +41,7 @@ build: $(READY)
 gpu-test: $(READY)
 	@mkdir -p $(OUT)
 	@$(RUN) -c "import torch; raise SystemExit(None if torch.cuda.is_available() else 'gpu-test: no CUDA GPU here')"
-	$(RUN) -m pytest -q -m gpu --junitxml=$(OUT)/gpu-test.xml
+	$(RUN) -m pytest -q -m gpu --junitxml=$(OUT)/gpu-test.xml --proof=$(OUT)/gpu-test.json
 
 gpu-bench: $(READY)
 	@status=0; for op in $(BENCHES); do \

@@ -2,9 +2,9 @@
 
 _cpu.so   the CPU kernels, on torch's stable ABI and without Python.h: one binary for every
           torch from 2.11 on. Each csrc/cpu/*.isa.cpp is compiled once per instruction set.
-_cuda.so  the CUDA kernels in csrc/cuda/*.cu, if there are any and nvcc is found:
-          PYOPS_CUDA=auto (default), 0 (never) or 1 (fail if impossible).
-_C        pybind11 module: facts about the build and this CPU.
+_cuda.so  the CUDA kernels in csrc/cuda/*.cu, if nvcc is found, GPU or not: PYOPS_CUDA=auto (default),
+          0 (never) or 1 (fail if impossible); TORCH_CUDA_ARCH_LIST (default "8.0 9.0a+PTX").
+_C        pybind11 module: facts about the build, this CPU and the CUDA kernels.
 
 Torch is only read, never imported: its headers and libraries are enough.
 """
@@ -54,28 +54,28 @@ def cuda_plan() -> tuple[str | None, str]:
     nvcc = shutil.which("nvcc", path=os.pathsep.join([f"{home}/bin", os.environ.get("PATH", "")]))
     if wanted == "0":
         return None, "not built: PYOPS_CUDA=0"
-    if not any((CSRC / "cuda").glob("*.cu")):
-        reason = "not built: this version has no CUDA C++ kernels"
-    elif nvcc is None:
-        reason = "not built: nvcc not found"
-    else:
+    if nvcc:
         return nvcc, f"built for {cuda_archs()}"
     if wanted == "1":
-        raise SystemExit(f"PYOPS_CUDA=1, but {reason}")
-    return None, reason
+        raise SystemExit("PYOPS_CUDA=1, but nvcc was not found (on PATH or under CUDA_HOME)")
+    return None, "not built: nvcc not found"
 
 
 def cuda_archs() -> str:
     return os.environ.get("TORCH_CUDA_ARCH_LIST", "8.0 9.0a+PTX")
 
 
-def arch_flags() -> str:
+def arch_flags(hopper_only: bool) -> str:
+    """nvcc's flags; a `*_wgmma*.cu` becomes code for 9.0a alone, where that is asked for."""
+    archs = re.split(r"[ ;]+", cuda_archs().strip())
+    if hopper_only and any(arch.startswith("9.0a") for arch in archs):
+        archs = ["9.0a"]
     flags = []
-    for arch in re.split(r"[ ;]+", cuda_archs().strip()):
+    for arch in archs:
         number = arch.removesuffix("+PTX").replace(".", "")
         flags.append(f"-gencode arch=compute_{number},code=sm_{number}")
         if arch.endswith("+PTX"):
-            base = number.rstrip("a")
+            base = number.rstrip("a")  # what needs the `a` is no part of it
             flags.append(f"-gencode arch=compute_{base},code=compute_{base}")
     return " ".join(flags)
 
@@ -107,24 +107,33 @@ class NinjaBuild(build_ext):
         python = f"-isystem {pybind11.get_include()} -isystem {sysconfig.get_path('include')}"
         facts = rf'-DPYOPS_TORCH_VERSION=\"{torch_version}\" "-DPYOPS_CUDA_BUILD=\"{cuda_words}\""'
         cxx = os.environ.get("CXX", "c++")
+        kernel_table = f"{sys.executable} {CSRC}/cuda/kernel_table.py"
         lines = [
             "rule cxx",
             f"  command = {cxx} {common} $flags -MMD -MF $out.d -c $in -o $out",
             "  depfile = $out.d\n  deps = gcc\n  description = $out",
             "rule nvcc",
-            f"  command = {nvcc} -std=c++17 -O3 -Xcompiler -fPIC,-fvisibility=hidden {arch_flags()} "
-            "-DUSE_CUDA $flags -MD -MF $out.d -c $in -o $out",
+            f"  command = {kernel_table} compile $out {nvcc} -std=c++17 -O3 -Xptxas -v "
+            "-static-global-template-stub=false -Xcompiler -fPIC,-fvisibility=hidden $flags "
+            "-MD -MF $out.d -c $in -o $out",
             "  depfile = $out.d\n  deps = gcc\n  description = $out",
+            "rule program",
+            f"  command = {cxx} -no-pie $in -o $out $libs\n  description = $out",
+            # Stands for a library of that name, which this machine may lack, in what needs it.
+            "rule stub",
+            f"  command = {cxx} -shared -Wl,-soname,libtorch_cuda.so -x c /dev/null -o $out",
+            "rule table",
+            f"  command = {kernel_table} table $out $in\n  description = $out",
             "rule link",
             f"  command = {cxx} -shared -Wl,--gc-sections -s $in -o $out $libs",
             "  description = $out",
         ]
 
         def compile_to(
-            objects: list[str], rule: str, source: Path, flags: str, tag: str = ""
+            objects: list[str], rule: str, source: Path, flags: str, tag: str = "", after: str = ""
         ) -> None:
             out = work / f"{source.relative_to(CSRC).as_posix().replace('/', '-')}{tag}.o"
-            lines.append(f"build {out}: {rule} {source}\n  flags = {flags}")
+            lines.append(f"build {out}: {rule} {source} {after}\n  flags = {flags}")
             objects.append(str(out))
 
         objects: list[str] = []
@@ -136,18 +145,37 @@ class NinjaBuild(build_ext):
                 compile_to(objects, "cxx", source, include)
         lines.append(f"build {cpu}: link {' '.join(objects)}")
         lines.append(f"  libs = -L{torch}/lib -ltorch_cpu -lc10")
+        # What the kernels use, as rows of C++, from ptxas and from a program that knows their launch sizes.
+        table = work / "cuda_kernels.h"
+        if nvcc:
+            toolkit = Path(nvcc).parent.parent
+            hosts: list[str] = []
+            kernels: list[str] = []
+            program: list[str] = []
+            has_sm90a = "-DPYOPS_SM90A " if "9.0a" in cuda_archs() else ""
+            for source in sorted((CSRC / "cuda").glob("*.cu")):
+                hopper = "_wgmma" in source.stem
+                compile_to(kernels, "nvcc", source, has_sm90a + arch_flags(hopper))
+            for source in sorted((CSRC / "cuda").glob("*.cpp")):
+                to = program if source.stem.endswith("_main") else hosts
+                flags = f"{include} -isystem {toolkit}/include -DUSE_CUDA {has_sm90a}"
+                compile_to(to, "cxx", source, flags)
+            libs = f"  libs = -L{toolkit}/lib64 -lcudart_static -lrt -ldl -lpthread"
+            stub = work / "libtorch_cuda.so"
+            lines.append(f"build {stub}: stub")
+            lines.append(f"build {cuda}: link {' '.join(hosts + kernels)} | {stub}")
+            lines.append(f"{libs} -L{torch}/lib -ltorch_cpu -lc10 -Wl,--no-as-needed {stub}")
+            plans = work / "kernel_plans"
+            lines.append(f"build {plans}: program {' '.join(program + kernels)}\n{libs}")
+            lines.append(f"build {table}: table {plans} {' '.join(kernels)}")
+        else:
+            table.write_text("")
         objects = []
-        compile_to(objects, "cxx", CSRC / "bindings.cpp", f"{python} {facts}")
+        compile_to(
+            objects, "cxx", CSRC / "bindings.cpp", f"{python} {facts} -I{work}", after=f"|| {table}"
+        )
         compile_to(objects, "cxx", CSRC / "cpu" / "isa.cpp", "", ".facts")
         lines.append(f"build {targets['pyops._C']}: link {' '.join(objects)}")
-        if nvcc:
-            objects = []
-            for source in sorted((CSRC / "cuda").glob("*.cu")):
-                compile_to(objects, "nvcc", source, include)
-            lines.append(f"build {cuda}: link {' '.join(objects)}")
-            lines.append(
-                f"  libs = -L{Path(nvcc).parent.parent}/lib64 -lcudart_static -lrt -ldl -lpthread"
-            )
         cpu.parent.mkdir(parents=True, exist_ok=True)
         (work / "build.ninja").write_text("\n".join(lines) + "\n")
         subprocess.run([sys.executable, "-m", "ninja", "-C", str(work)], check=True)

@@ -1,4 +1,4 @@
-// pyops._C: facts about the build and this CPU. The ops do not depend on it.
+// pyops._C: facts about the build, this CPU and the CUDA kernels. The ops do not depend on it.
 #include <pybind11/pybind11.h>
 
 #include "cpu/isa.h"
@@ -6,8 +6,44 @@
 namespace py = pybind11;
 using pyops::cpu::Isa;
 
+namespace {
+
+// What a CUDA kernel uses on one architecture; the rows come from the build.
+struct CudaKernel {
+  const char* name;
+  int arch, registers, stack_bytes, spill_bytes, shared_bytes, threads;
+  double occupancy;
+};
+// The last row ends it: without nvcc there is no other.
+const CudaKernel kCudaKernels[] = {
+#include "cuda_kernels.h"
+    {}};
+
+py::list cuda_kernels() {
+  py::list rows;
+  for (const CudaKernel* kernel = kCudaKernels; kernel->name; ++kernel) {
+    py::dict row;
+    row["kernel"] = kernel->name;
+    row["arch"] = kernel->arch;
+    row["registers"] = kernel->registers;
+    row["stack_bytes"] = kernel->stack_bytes;
+    row["spill_bytes"] = kernel->spill_bytes;
+    row["shared_bytes"] = kernel->shared_bytes;
+    row["threads"] = kernel->threads;
+    row["occupancy"] = kernel->occupancy;
+    rows.append(row);
+  }
+  return rows;
+}
+
+}  // namespace
+
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Facts about how pyops was built and what this CPU offers.";
+  m.def(
+      "cuda_kernels", &cuda_kernels,
+      "Of each CUDA kernel and architecture: registers a thread; bytes of stack, spills and shared "
+      "memory; threads a block; the part of a multiprocessor's threads that can be resident.");
   m.def(
       "build_info",
       [] {

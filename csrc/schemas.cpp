@@ -2,6 +2,8 @@
 // Kernels register themselves beside their code: csrc/cpu/<op>.cpp, csrc/cuda/<op>.cu.
 #include <torch/csrc/stable/library.h>
 
+#include <string>
+
 // Pairs as two scalars: a list through the stable ABI costs about a microsecond a call.
 #define PYOPS_CONV_GEOMETRY                                                                  \
   "int stride_h, int stride_w, int padding_h, int padding_w, int dilation_h, int "           \
@@ -23,12 +25,19 @@
 #define PYOPS_LSTM_OPTIONS "bool has_biases, int num_layers, bool bidirectional"
 
 STABLE_TORCH_LIBRARY(pyops, m) {
-  m.def("conv_relu_pool2d(Tensor input, Tensor weight, Tensor? bias, " PYOPS_CONV_GEOMETRY
-        ", bool with_codes) -> (Tensor output, Tensor codes)");
-  m.def(
-      "conv_relu_pool2d_backward(Tensor grad_output, Tensor input, Tensor weight, Tensor "
-      "codes, " PYOPS_CONV_GEOMETRY
-      ", bool[3] output_mask) -> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias)");
+  // _tf32: where float32 may be rounded to TF32 (CUDA only). The precision is part of the op, so
+  // that an exported model keeps it.
+  for (const char* name : {"conv_relu_pool2d", "conv_relu_pool2d_tf32"}) {
+    const std::string op = name;
+    m.def((op + "(Tensor input, Tensor weight, Tensor? bias, " PYOPS_CONV_GEOMETRY
+                ", bool with_codes) -> (Tensor output, Tensor codes)")
+              .c_str());
+    m.def((op + "_backward(Tensor grad_output, Tensor input, Tensor weight, Tensor "
+                "codes, " PYOPS_CONV_GEOMETRY
+                ", bool[3] output_mask) -> (Tensor grad_input, Tensor grad_weight, Tensor "
+                "grad_bias)")
+              .c_str());
+  }
   m.def(
       "conv_transpose2d_act(Tensor input, Tensor weight, Tensor? bias, Tensor? scale, Tensor? "
       "shift, " PYOPS_CONV_TRANSPOSE_GEOMETRY ") -> Tensor");

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import json
 import os
 from pathlib import Path
 
@@ -15,14 +16,20 @@ import torch
 
 NAMES = ("reference", "cpu", "triton", "cuda")
 
+
+def _read_proven() -> dict[tuple[str, str, tuple[int, int]], str]:
+    rows = json.loads((Path(__file__).parent / "proven.json").read_text())
+    return {(r["op"], r["backend"], tuple(r["capability"])): r["results"] for r in rows}
+
+
 # (op, backend, compute capability) -> the results file of the run that proved it. Automatic choice
 # takes no GPU kernel that is not listed here: a kernel enters after `make gpu-test` has passed on
-# that architecture and its results are committed under benchmarks/results/.
-PROVEN: dict[tuple[str, str, tuple[int, int]], str] = {}
+# that architecture and its results are committed under benchmarks/results/ (pyops/bench/proven.py).
+PROVEN = _read_proven()
 
 # Ops and the native or Triton backends each has an implementation for.
 OPS: dict[str, tuple[str, ...]] = {
-    "conv_relu_pool2d": ("cpu", "triton"),
+    "conv_relu_pool2d": ("cpu", "triton", "cuda"),
     "conv_transpose2d_act": ("cpu", "triton"),
     "attention": ("cpu", "triton"),
     "attention_varlen": ("cpu", "triton"),
@@ -89,6 +96,8 @@ def why_not(op: str, backend: str, device_type: str | None = None) -> str | None
         return reason
     if backend in _missing:
         return _missing[backend]
+    if backend == "cuda" and not torch.cuda.is_available():
+        return "there is no CUDA GPU that torch can use"
     if device_type not in (None, backend):
         return f"backend {backend} takes {backend} tensors"
     return None
@@ -107,18 +116,19 @@ def automatic(op: str, device: torch.device) -> tuple[tuple[str, ...], str]:
             return ("cpu", "reference"), "compiled kernels for this CPU"
         return ("reference",), reason
     if device.type == "cuda":
-        capability = _capability(device.index or 0)
+        major_minor = capability(device)
         for backend in ("cuda", "triton"):
-            results = PROVEN.get((op, backend, capability))
+            results = PROVEN.get((op, backend, major_minor))
             if results and why_not(op, backend, "cuda") is None:
                 return (backend, "reference"), f"proven by {results}"
-        return ("reference",), f"no kernel is proven on sm_{capability[0]}{capability[1]} yet"
+        return ("reference",), f"no kernel is proven on sm_{major_minor[0]}{major_minor[1]} yet"
     return ("reference",), f"no kernels for device {device.type}"
 
 
 @functools.cache
-def _capability(index: int) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(index)
+def capability(device: torch.device) -> tuple[int, int]:
+    """Compute capability of a CUDA device: (9, 0) is sm_90."""
+    return torch.cuda.get_device_capability(device)
 
 
 def table() -> list[dict[str, str]]:

@@ -1,6 +1,8 @@
 """A short proof that an installed wheel works: run by hand or by CI as a script, outside the checkout."""
 
 import functools
+import os
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -38,8 +40,25 @@ def main() -> None:
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
     x = torch.randn(1, 3, 9, 9)
     assert torch.equal(compiled(x), module(x))
+    cuda_library()
     further_ops()
     print(f"1 passed, 0 failed (torch {torch.__version__}, {pyops.__file__})")
+
+
+def cuda_library() -> None:
+    """Where torch is a CUDA build, _cuda.so loads and registers, GPU or not."""
+    library = Path(pyops.__file__).parent / "_cuda.so"
+    if torch.version.cuda is None:
+        return
+    if not library.exists():
+        assert os.environ.get("PYOPS_CUDA") != "1", f"{library} was not built"
+        return
+    reason = backends.why_not("conv_relu_pool2d", "cuda")
+    assert reason is None or "GPU" in reason, reason
+    for op in ("conv_relu_pool2d", "conv_relu_pool2d_tf32"):
+        for name in (op, f"{op}_backward"):
+            assert torch._C._dispatch_has_kernel_for_dispatch_key(f"pyops::{name}", "CUDA"), name
+    print(f"{library.name} registers its kernels ({reason or 'and can run them'})")
 
 
 def further_ops() -> None:

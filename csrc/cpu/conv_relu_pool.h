@@ -3,13 +3,11 @@
 
 #include <cstdint>
 
+#include "../conv_relu_pool_geometry.h"
 #include "dtype.h"
 #include "isa.h"
 
 namespace pyops::cpu {
-
-enum class Activation : int { kNone, kRelu, kLeakyRelu };
-enum class Pool : int { kNone, kMax, kAvg };
 
 // output = pool(activation(conv(input, weight) + bias)).
 // All tensors are dense; `channels_last` says how input and output (and codes, grads) lie:
@@ -17,16 +15,7 @@ enum class Pool : int { kNone, kMax, kAvg };
 // (out_channels, in_channels / groups, kernel_h, kernel_w), unless `weight_channels_last`:
 // (out_channels, kernel_h, kernel_w, in_channels). Winograd's and the direct kernels take that,
 // for one group of an even number of channels, 8 or more.
-struct ConvReluPoolParams {
-  int64_t batch, in_channels, in_h, in_w;
-  int64_t out_channels, kernel_h, kernel_w;
-  int64_t stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, groups;
-  int64_t conv_h, conv_w;  // extent of the convolution's own output
-  Activation activation;
-  double negative_slope;
-  Pool pool;  // kNone: pool_* are 1, 1, 0 and out == conv
-  int64_t pool_h, pool_w, pool_stride_h, pool_stride_w, pool_pad_h, pool_pad_w;
-  int64_t out_h, out_w;
+struct ConvReluPoolParams : ConvPoolGeometry {
   DType dtype;
   bool channels_last, weight_channels_last;
 
@@ -71,12 +60,5 @@ void conv_relu_pool_generic(const ConvReluPoolParams&);
 
 // Max pooling, using that only each window's winner carries gradient.
 PYOPS_ISA_KERNEL(bool, conv_relu_pool_backward_sparse, (const ConvReluPoolGradParams&))
-
-// Whether codes can describe this window (max: at most 128 places, avg: 8). Else the
-// Python side takes the reference when gradients are needed.
-inline bool codes_fit(const ConvReluPoolParams& p) {
-  const int64_t places = p.pool_h * p.pool_w;
-  return p.pool == Pool::kNone || (p.pool == Pool::kMax ? places <= 128 : places <= 8);
-}
 
 }  // namespace pyops::cpu

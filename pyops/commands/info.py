@@ -57,6 +57,7 @@ def collect() -> dict[str, Any]:
         facts["build_missing"] = f"pyops._C could not be loaded: {error}"
     else:
         facts["build"] = _C.build_info()
+        facts["cuda_kernels"] = _C.cuda_kernels()
         facts["cpu"] |= {"features": _C.cpu_features(), "active_isa": _C.active_isa()}
     facts["backends"] = {op: backends.available(op) for op in backends.OPS}
     facts["automatic"] = backends.table()
@@ -96,4 +97,19 @@ def render(facts: dict[str, Any]) -> str:
         [r[k] for k in ("op", "device", "dtype", "backend", "why")] for r in facts["automatic"]
     ]
     lines += ["", "automatic choice", table(["op", "device", "dtype", "backend", "why"], cells)]
+    if facts.get("cuda_kernels"):
+        lines += ["", "CUDA kernels", _kernel_table(facts["cuda_kernels"])]
     return "\n".join(lines)
+
+
+def _kernel_table(kernels: list[dict[str, Any]]) -> str:
+    """What each kernel uses on each architecture that it was compiled for."""
+    header = ["kernel", "sm", "registers", "spills, B", "shared, KB", "threads", "occupancy"]
+    cells = [
+        [
+            *(k["kernel"], str(k["arch"]), str(k["registers"]), str(k["spill_bytes"])),
+            *(f"{k['shared_bytes'] / 1024:.0f}", str(k["threads"]), f"{k['occupancy']:.0%}"),
+        ]
+        for k in kernels
+    ]
+    return table(header, cells)

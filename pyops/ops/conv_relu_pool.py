@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._C._functorch import get_interpreter_stack
 
+from .. import backends
 from ..reference import conv_relu_pool as reference
 from ..reference.conv_relu_pool import ConvPoolSpec, codes_fit, conv_extents, pool_extents
 from . import _arguments as arguments
@@ -22,6 +23,7 @@ from ._choice import Plans, choose, settle
 from .conv_relu_pool_rules import EagerFunction
 
 _OP = "conv_relu_pool2d"
+_MOST_PLACES_CUDA = 128  # of a window: as many as a tile has rows
 
 
 def conv_relu_pool2d(
@@ -110,7 +112,7 @@ def conv_relu_pool2d(
     if use == "reference":
         return reference.conv_relu_pool2d(input, weight, bias, plan.spec)
     batched = input if input.dim() == 4 else input.unsqueeze(0)
-    op = _operator(use)
+    op = _operator(use, input.dtype)
     if compiling or get_interpreter_stack() is not None:
         output, _ = op(batched, weight, bias, *flat, needs_grad)
     elif needs_grad:
@@ -276,7 +278,7 @@ def _choose(
     needs_grad: bool,
 ) -> str:
     def refusal(name: str) -> str | None:
-        return _refusal(name, input_shape, weight_shape, dtype, spec, needs_grad)
+        return _refusal(name, input_shape, weight_shape, dtype, device, spec, needs_grad)
 
     def passed_over(name: str) -> bool:
         if dtype == torch.float64 or input_shape[0] == 0:
@@ -332,6 +334,7 @@ def _refusal(
     input_shape: torch.Size,
     weight_shape: torch.Size,
     dtype: torch.dtype,
+    device: torch.device,
     spec: ConvPoolSpec,
     needs_grad: bool,
 ) -> str | None:
@@ -344,6 +347,8 @@ def _refusal(
             f"with gradients, {spec.pool} pooling takes windows of at most {most} places, "
             f"got {spec.pool_size}"
         )
+    if backend == "cuda":
+        return _refusal_of_cuda(input_shape, weight_shape, dtype, device, spec)
     if backend == "triton":
         from ..triton_kernels import conv_relu_pool as kernels
 
@@ -356,7 +361,34 @@ def _refusal(
     return None
 
 
-def _operator(backend: str) -> Any:
+def _refusal_of_cuda(
+    input_shape: torch.Size,
+    weight_shape: torch.Size,
+    dtype: torch.dtype,
+    device: torch.device,
+    spec: ConvPoolSpec,
+) -> str | None:
+    """The same limits as sizes_fit in csrc/cuda/conv_relu_pool_tile.cu."""
+    if dtype == torch.float64:
+        return "it takes float32, bfloat16 and float16, not float64"
+    if backends.capability(device) < (8, 0):
+        return "it needs compute capability 8.0 or newer"
+    if math.prod(spec.pool_size) > _MOST_PLACES_CUDA:
+        return f"it takes windows of at most {_MOST_PLACES_CUDA} places, got {spec.pool_size}"
+    extents = (size + 2 * pad for size, pad in zip(input_shape[-2:], spec.padding, strict=True))
+    if max(*extents, math.prod(weight_shape[1:]), weight_shape[0]) >= 2**30:
+        return "it takes sizes below 2**30"
+    return None
+
+
+def _operator(backend: str, dtype: torch.dtype) -> Any:
     if backend == "triton":
         return torch.ops.pyops.conv_relu_pool2d_triton.default
+    # This getter understands both of torch's APIs; cudnn.allow_tf32 raises once the newer one was used.
+    if (
+        backend == "cuda"
+        and dtype == torch.float32
+        and torch.backends.cudnn.conv.fp32_precision == "tf32"
+    ):
+        return torch.ops.pyops.conv_relu_pool2d_tf32.default
     return torch.ops.pyops.conv_relu_pool2d.default

@@ -24,6 +24,7 @@ from pyops.triton_kernels import attention_call, common  # noqa: E402
 
 pytestmark = [
     pytest.mark.gpu,
+    pytest.mark.proves("attention", "triton"),
     pytest.mark.skipif(common.INTERPRET, reason="runs compiled, not interpreted"),
 ]
 

@@ -23,6 +23,7 @@ from pyops.testing import GRADIENT_BUDGET, OUTPUT_BUDGET, assert_within_budget  
 
 pytestmark = [
     pytest.mark.gpu,
+    pytest.mark.proves("conv_relu_pool2d", "triton"),
     pytest.mark.skipif(common.INTERPRET, reason="runs compiled, not interpreted"),
 ]
 

@@ -10,6 +10,7 @@ from pyops.triton_kernels import common  # noqa: E402
 
 pytestmark = [
     pytest.mark.gpu,
+    pytest.mark.proves("lstm", "triton"),
     pytest.mark.skipif(common.INTERPRET, reason="runs compiled, not interpreted"),
 ]
 

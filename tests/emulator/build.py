@@ -1,0 +1,182 @@
+"""Compiles CUDA kernels for the CPU: the same .cu files, by g++ against the emulator.
+
+A kernel library is one entry file (extern "C" functions around the launchers, see entry.h) that
+includes or names the .cu files. Variants: "plain"; "race" with race detection; "asan" with
+AddressSanitizer (only in a process that preloads it).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import shutil
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+OUT = ROOT / "build" / "emulator"
+PARTS = ("scheduler.cpp", "memory.cpp", "race.cpp", "agents.cpp", "tma.cpp", "matrix.cpp")
+COMMON = ["-std=c++17", "-g1", "-fPIC", "-Wno-unknown-pragmas", "-Wno-psabi", "-Wno-attributes"]
+KERNEL = ["-x", "c++", "-O1", "-DPYOPS_EMULATE", "-ftrivial-auto-var-init=pattern"]
+EMULATOR = ["-O2", "-DPYOPS_EMULATE"]
+VARIANTS = {
+    "plain": ([], []),
+    "race": (["-fsanitize=thread"], ["-DEMU_RACE"]),
+    "asan": (["-fsanitize=address", "-fsanitize-recover=address"], ["-DEMU_ASAN"]),
+}
+MODES = {"early": 0, "late": 1, "random": 2}
+
+
+class EmulatorError(AssertionError):
+    """What the emulator reports: a race, a deadlock, a misuse."""
+
+
+def cuda_include() -> Path | None:
+    """Folder with cuda_bf16.h and its like: CUDA's, or the one that nvidia-cuda-runtime installs."""
+    nvcc = shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
+    homes = [os.environ.get("CUDA_HOME", "/usr/local/cuda"), str(Path(nvcc).resolve().parents[1])]
+    homes += [str(home) for home in sorted(Path("/usr/local").glob("cuda-*"), reverse=True)]
+    for home in homes:
+        if (Path(home) / "include" / "cuda_bf16.h").is_file():
+            return Path(home) / "include"
+    return None
+
+
+def missing() -> str | None:
+    """Why nothing can be emulated here, or None."""
+    if shutil.which("g++") is None:
+        return "the emulator needs g++"
+    if cuda_include() is None:
+        return "the emulator needs CUDA's headers (cuda_bf16.h)"
+    return None
+
+
+def _headers() -> list[Path]:
+    return sorted(
+        [*HERE.glob("*.h"), *(ROOT / "csrc").rglob("*.h"), *(ROOT / "csrc").rglob("*.cuh")]
+    )
+
+
+def _folder(source: Path) -> Path:
+    """Where what comes of a source goes; a test's temporary source keeps it beside itself."""
+    return OUT if source.is_relative_to(ROOT) else source.parent
+
+
+def _compile(source: Path, flags: Sequence[str], include: Sequence[Path], text: str) -> Path:
+    """Object file of a source; its key is everything that went in."""
+    key = hashlib.sha256("\0".join([*flags, *map(str, include), str(source), text]).encode())
+    folder = _folder(source)
+    target = folder / f"{source.stem}-{key.hexdigest()[:20]}.o"
+    if not target.is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        part = target.with_suffix(f".{os.getpid()}.part")
+        searched = [flag for folder in include for flag in ("-I", str(folder))]
+        searched += ["-isystem", str(cuda_include())]
+        command = ["g++", *COMMON, *flags, *searched, "-c", str(source), "-o", str(part)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode != 0:
+            raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")
+        part.rename(target)
+    return target
+
+
+@functools.cache
+def _headers_text() -> str:
+    return "\0".join(path.read_text() for path in _headers())
+
+
+def build(sources: Sequence[Path], variant: str = "plain", defines: Sequence[str] = ()) -> Path:
+    """Shared library of kernel sources in a variant, built if it is not there yet."""
+    kernel, emulator = VARIANTS[variant]
+    flags = [*KERNEL, *kernel, *(f"-D{name}" for name in defines)]
+    objects = [
+        _compile(
+            HERE / part, [*EMULATOR, *emulator], [HERE], _headers_text() + (HERE / part).read_text()
+        )
+        for part in PARTS
+    ]
+    # A source may include other .cu files of the project: all of them belong to the key.
+    cuda = "\0".join(path.read_text() for path in sorted((ROOT / "csrc" / "cuda").glob("*.cu")))
+    for source in sources:
+        include = [source.parent, HERE, ROOT / "csrc" / "cuda", ROOT / "csrc"]
+        objects.append(
+            _compile(source, flags, include, _headers_text() + cuda + source.read_text())
+        )
+    key = hashlib.sha256("\0".join(map(str, objects)).encode()).hexdigest()[:20]
+    target = _folder(sources[0]) / f"{sources[0].stem}-{variant}-{key}.so"
+    if not target.is_file():
+        part = target.with_suffix(f".{os.getpid()}.part")
+        link = ["-fsanitize=address"] if variant == "asan" else []
+        command = [
+            "g++",
+            "-shared",
+            *link,
+            *map(str, objects),
+            "-o",
+            str(part),
+            "-ldl",
+            "-lpthread",
+        ]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode != 0:
+            raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")
+        part.rename(target)
+    return target
+
+
+class Emulated:
+    """The extern "C" functions of a kernel library, each returning a report or null."""
+
+    def __init__(
+        self, sources: Sequence[Path], variant: str = "plain", defines: Sequence[str] = ()
+    ) -> None:
+        self.library = ctypes.CDLL(str(build(sources, variant, defines)))
+
+    def call(
+        self,
+        name: str,
+        *args: object,
+        seed: int = 0,
+        mode: str = "random",
+        resident: int = 1,
+        check_bounds: bool = True,
+    ) -> None:
+        """Calls a function with tensors (as pointers), ints, floats or ctypes values.
+
+        check_bounds: report every access of global memory outside the tensors among `args` (with
+        race detection; copies in the background always). resident: clusters that run at the same
+        time. Raises EmulatorError with the report.
+        """
+        library = self.library
+        library.emu_configure(ctypes.c_uint64(seed), MODES[mode], resident)
+        library.emu_forget_buffers()
+        native: list[object] = []
+        for index, arg in enumerate(args):
+            if isinstance(arg, torch.Tensor):
+                if check_bounds and arg.numel() > 0:
+                    storage = arg.untyped_storage()
+                    library.emu_buffer(
+                        ctypes.c_void_p(storage.data_ptr()),
+                        ctypes.c_size_t(storage.nbytes()),
+                        f"argument {index}".encode(),
+                    )
+                native.append(ctypes.c_void_p(arg.data_ptr()))
+            elif isinstance(arg, bool | int):
+                native.append(ctypes.c_int64(arg))
+            elif isinstance(arg, float):
+                native.append(ctypes.c_float(arg))
+            elif arg is None:
+                native.append(ctypes.c_void_p())
+            else:
+                native.append(arg)
+        function = getattr(library, name)
+        function.restype = ctypes.c_char_p
+        report = function(*native)
+        if report is not None:
+            raise EmulatorError(report.decode())
