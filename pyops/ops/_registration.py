@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -123,6 +123,26 @@ def forward_of(backward_op: Any) -> Any:
     """`pyops::<op>` of `pyops::<op>_backward`."""
     name = backward_op._schema.name.removeprefix("pyops::").removesuffix("_backward")
     return getattr(torch.ops.pyops, name).default
+
+
+def gradients_wanted(ctx: Any, given: Sequence[bool]) -> list[bool]:
+    """For a Function's first arguments, of which `given` are tensors: is this backward pass after their gradients?
+
+    `ctx.needs_input_grad` is also true of what requires gradients but was not asked for, as the weights are
+    not where torch.autograd.grad takes a penalty's gradient of the images alone.
+    """
+    nodes = iter(ctx.next_functions)  # one for each tensor
+    pairs = zip(given, ctx.needs_input_grad, strict=False)
+    return [is_given and _executes(next(nodes)[0]) and needs for is_given, needs in pairs]
+
+
+def _executes(node: Any) -> bool:
+    if node is None:
+        return False
+    try:
+        return bool(torch._C._will_engine_execute_node(node))
+    except RuntimeError:  # how it says that torch.autograd.grad was asked for this leaf
+        return True
 
 
 def autocasting(device: torch.device) -> bool:

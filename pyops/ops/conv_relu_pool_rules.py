@@ -79,8 +79,10 @@ def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
 
 
 def _backward_of(backward_op: Any) -> Any:
-    def backward(ctx: Any, grad_output: Tensor, _: Any) -> tuple[Tensor | None, ...]:
-        mask = list(ctx.needs_input_grad[:3])
+    def backward(
+        ctx: Any, grad_output: Tensor, _: Any, mask: list[bool] | None = None
+    ) -> tuple[Tensor | None, ...]:
+        mask = list(ctx.needs_input_grad[:3]) if mask is None else mask
         if grad_output is None or not any(mask):
             return (None,) * (4 + len(ctx.flat))
         input, weight, selector = ctx.saved_tensors
@@ -110,16 +112,18 @@ class EagerFunction(torch.autograd.Function):
             output = op(input, weight, bias, *flat, True)
         _save_for_backward(ctx, (input, weight, bias, *flat, True), output)
         ctx.backward_op = backward_op_of(op)
+        ctx.given = (True, True, bias is not None)
         return output[0]
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         grads: tuple[Tensor | None, ...]
+        mask = registration.gradients_wanted(ctx, ctx.given)
         if torch.is_grad_enabled():  # a graph of the gradients is being built
-            grads = _backward_of(ctx.backward_op)(ctx, grad_output, None)
+            grads = _backward_of(ctx.backward_op)(ctx, grad_output, None, mask)
         else:
             with torch._C._AutoDispatchBelowAutograd():
-                grads = _backward_of(ctx.backward_op)(ctx, grad_output, None)
+                grads = _backward_of(ctx.backward_op)(ctx, grad_output, None, mask)
         return (*grads[:3], None, None)
 
 
