@@ -84,3 +84,15 @@ def without_interpreter(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setattr(backends, "interpreting", lambda: False)
     monkeypatch.setattr(backends, "_triton_missing", lambda: "Triton is left out of this test")
+
+
+@pytest.fixture
+def conv_precision():
+    """Sets torch's precision of float32 convolutions ("ieee", "tf32") for one test.
+
+    monkeypatch would delete the attribute afterwards, which is none of the object's own.
+    """
+    switch = torch.backends.cudnn.conv
+    before = switch.fp32_precision
+    yield lambda value: setattr(switch, "fp32_precision", value)
+    switch.fp32_precision = before

@@ -381,14 +381,15 @@ def _refusal_of_cuda(
     return None
 
 
+def _tf32_allowed() -> bool:
+    # This getter understands both of torch's APIs; cudnn.allow_tf32 raises once the newer one was used.
+    precision: str = torch.backends.cudnn.conv.fp32_precision  # type: ignore[attr-defined]  # not in its stub
+    return precision == "tf32"
+
+
 def _operator(backend: str, dtype: torch.dtype) -> Any:
     if backend == "triton":
         return torch.ops.pyops.conv_relu_pool2d_triton.default
-    # This getter understands both of torch's APIs; cudnn.allow_tf32 raises once the newer one was used.
-    if (
-        backend == "cuda"
-        and dtype == torch.float32
-        and torch.backends.cudnn.conv.fp32_precision == "tf32"
-    ):
+    if backend == "cuda" and dtype == torch.float32 and _tf32_allowed():
         return torch.ops.pyops.conv_relu_pool2d_tf32.default
     return torch.ops.pyops.conv_relu_pool2d.default

@@ -8,8 +8,9 @@ import sys
 from pathlib import Path
 
 import torch
-from build import HERE, Emulated
 from kernel_checks import CHECKS
+
+from build import HERE, Emulated
 
 BUGS = [  # kernel, right, wrong
     ("gemm_ampere", "= sums[j][i];", "= sums[j + k / 80][i];"),

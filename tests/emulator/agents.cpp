@@ -122,7 +122,7 @@ void fence_mbarrier_init(Site site) {
 void fence_proxy_async(Site site) {
   interleave(site);
   fence_barriers();
-  if (!kRace) return;
+  if (!racing) return;
   self().clocks.proxy = self().clocks.seen;
   tick(self());
 }
@@ -175,7 +175,7 @@ void cp_async_wait(int pending, Site site) {
   fiber.copies.erase(fiber.copies.begin(),
                      fiber.copies.begin() + static_cast<std::ptrdiff_t>(groups));
   // Copies of later groups that acted already count as seen, too: a group is one epoch.
-  if (!kRace) return;
+  if (!racing) return;
   observe(fiber.clocks, {machine.threads + fiber.tid, ++fiber.copy_clock, nullptr});
 }
 
@@ -185,7 +185,7 @@ void cp_async_mbar_arrive(uint32_t bar, Site site) {
   defer(reinterpret_cast<uint64_t>(&fiber) | 1, &fiber, [=, &fiber] {
     finish_copies(fiber, fiber.copies.size());
     Mbarrier& barrier = barrier_of(*fiber.block, (bar & 0xFFFFFF) - kSmemBase, bar, site);
-    if (kRace)
+    if (racing)
       observe(barrier.arriving, {machine.threads + fiber.tid, ++fiber.copy_clock, nullptr});
     arrive(barrier, bar, site);
   });

@@ -8,6 +8,7 @@ AddressSanitizer (only in a process that preloads it).
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import functools
 import hashlib
 import os
@@ -26,9 +27,9 @@ COMMON = ["-std=c++17", "-g1", "-fPIC", "-Wno-unknown-pragmas", "-Wno-psabi", "-
 KERNEL = ["-x", "c++", "-O1", "-DPYOPS_EMULATE", "-ftrivial-auto-var-init=pattern"]
 EMULATOR = ["-O2", "-DPYOPS_EMULATE"]
 VARIANTS = {
-    "plain": ([], []),
-    "race": (["-fsanitize=thread"], ["-DEMU_RACE"]),
-    "asan": (["-fsanitize=address", "-fsanitize-recover=address"], ["-DEMU_ASAN"]),
+    "plain": [],
+    "race": ["-fsanitize=thread"],  # whose hooks are the emulator's
+    "asan": ["-fsanitize=address", "-fsanitize-recover=address"],
 }
 MODES = {"early": 0, "late": 1, "random": 2}
 
@@ -57,15 +58,23 @@ def missing() -> str | None:
     return None
 
 
-def _headers() -> list[Path]:
-    return sorted(
-        [*HERE.glob("*.h"), *(ROOT / "csrc").rglob("*.h"), *(ROOT / "csrc").rglob("*.cuh")]
-    )
-
-
 def _folder(source: Path) -> Path:
     """Where what comes of a source goes; a test's temporary source keeps it beside itself."""
     return OUT if source.is_relative_to(ROOT) else source.parent
+
+
+def _make(target: Path, command: list[str]) -> None:
+    """Runs a compiler unless its output is there; processes that want the same one wait."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with target.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if target.is_file():
+            return
+        part = target.with_suffix(".part")
+        done = subprocess.run([*command, "-o", str(part)], capture_output=True, text=True)
+        if done.returncode != 0:
+            raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")
+        part.rename(target)
 
 
 def _compile(source: Path, flags: Sequence[str], include: Sequence[Path], text: str) -> Path:
@@ -73,60 +82,35 @@ def _compile(source: Path, flags: Sequence[str], include: Sequence[Path], text: 
     key = hashlib.sha256("\0".join([*flags, *map(str, include), str(source), text]).encode())
     folder = _folder(source)
     target = folder / f"{source.stem}-{key.hexdigest()[:20]}.o"
-    if not target.is_file():
-        folder.mkdir(parents=True, exist_ok=True)
-        part = target.with_suffix(f".{os.getpid()}.part")
-        searched = [flag for folder in include for flag in ("-I", str(folder))]
-        searched += ["-isystem", str(cuda_include())]
-        command = ["g++", *COMMON, *flags, *searched, "-c", str(source), "-o", str(part)]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode != 0:
-            raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")
-        part.rename(target)
+    searched = [flag for place in include for flag in ("-I", str(place))]
+    searched += ["-isystem", str(cuda_include())]
+    _make(target, ["g++", *COMMON, *flags, *searched, "-c", str(source)])
     return target
 
 
 @functools.cache
-def _headers_text() -> str:
-    return "\0".join(path.read_text() for path in _headers())
+def _text(folder: Path, pattern: str) -> str:
+    return "\0".join(path.read_text() for path in sorted(folder.glob(pattern)))
 
 
 def build(sources: Sequence[Path], variant: str = "plain", defines: Sequence[str] = ()) -> Path:
     """Shared library of kernel sources in a variant, built if it is not there yet."""
-    kernel, emulator = VARIANTS[variant]
-    flags = [*KERNEL, *kernel, *(f"-D{name}" for name in defines)]
+    flags = [*KERNEL, *VARIANTS[variant], *(f"-D{name}" for name in defines)]
+    emulator = _text(HERE, "*.h")
     objects = [
-        _compile(
-            HERE / part, [*EMULATOR, *emulator], [HERE], _headers_text() + (HERE / part).read_text()
-        )
+        _compile(HERE / part, EMULATOR, [HERE], emulator + (HERE / part).read_text())
         for part in PARTS
     ]
-    # A source may include other .cu files of the project: all of them belong to the key.
-    cuda = "\0".join(path.read_text() for path in sorted((ROOT / "csrc" / "cuda").glob("*.cu")))
+    # A source may include any header and .cu file of the kernels: all of them belong to the key.
+    cuda = ROOT / "csrc" / "cuda"
+    kernels = emulator + _text(cuda, "*.h") + _text(cuda, "*.cu*") + _text(cuda.parent, "*.h")
     for source in sources:
-        include = [source.parent, HERE, ROOT / "csrc" / "cuda", ROOT / "csrc"]
-        objects.append(
-            _compile(source, flags, include, _headers_text() + cuda + source.read_text())
-        )
+        include = [source.parent, HERE, cuda, cuda.parent]
+        objects.append(_compile(source, flags, include, kernels + source.read_text()))
     key = hashlib.sha256("\0".join(map(str, objects)).encode()).hexdigest()[:20]
     target = _folder(sources[0]) / f"{sources[0].stem}-{variant}-{key}.so"
-    if not target.is_file():
-        part = target.with_suffix(f".{os.getpid()}.part")
-        link = ["-fsanitize=address"] if variant == "asan" else []
-        command = [
-            "g++",
-            "-shared",
-            *link,
-            *map(str, objects),
-            "-o",
-            str(part),
-            "-ldl",
-            "-lpthread",
-        ]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode != 0:
-            raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")
-        part.rename(target)
+    link = ["-fsanitize=address"] if variant == "asan" else []
+    _make(target, ["g++", "-shared", *link, *map(str, objects), "-ldl", "-lpthread"])
     return target
 
 

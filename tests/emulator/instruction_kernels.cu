@@ -1,4 +1,5 @@
-/// One kernel for each instruction: registers and shared memory in and out, for test_instructions.py.
+/// One kernel for each instruction: registers and shared memory in and out, for
+/// test_instructions.py.
 #include "launch.cuh"
 
 namespace pyops {
@@ -59,8 +60,8 @@ __global__ void cp_async_kernel(const unsigned char* in, const int* valid, unsig
 }
 
 template <int Rank>
-__global__ void tma_load_kernel(const __grid_constant__ CUtensorMap map, const int* at_in, int bytes,
-                                unsigned char* image) {
+__global__ void tma_load_kernel(const __grid_constant__ CUtensorMap map, const int* at_in,
+                                int bytes, unsigned char* image) {
   DYN_SMEM(smem);
   const uint32_t bar = smem_addr(smem) + 8192;
   int at[Rank];
@@ -110,8 +111,9 @@ __global__ void bulk_kernel(const float* in, float* out, float* sum) {
   bulk_wait<0>();
 }
 
-/// The answers of mbar_try_wait(parity 0), (parity 1) on a barrier of two arrivals: fresh, after one
-/// arrival, after two, and in the next phase after two arrivals with 16 bytes to come, and after.
+/// The answers of mbar_try_wait(parity 0), (parity 1) on a barrier of two arrivals: fresh, after
+/// one arrival, after two, and in the next phase after two arrivals with 16 bytes to come, and
+/// after.
 __global__ void mbarrier_kernel(const float* in, int* out) {
   DYN_SMEM(smem);
   const uint32_t bar = smem_addr(smem) + 16;
@@ -190,8 +192,7 @@ __global__ void barriers_kernel(int* out) {
   }
   cluster_sync();
   if (threadIdx.x == 0)
-    out[2 + cluster_rank()] =
-        ld_cluster<int>(map_cluster(smem_addr(number), cluster_rank() ^ 1));
+    out[2 + cluster_rank()] = ld_cluster<int>(map_cluster(smem_addr(number), cluster_rank() ^ 1));
   cluster_sync();
 }
 
@@ -317,8 +318,7 @@ const char* run_barriers(int* out) {
 }
 
 const char* run_arithmetic(const float* in, float* out, int64_t count) {
-  return emu::run(
-      [&] { launch(on(32, 0), arithmetic_kernel, in, out, static_cast<int>(count)); });
+  return emu::run([&] { launch(on(32, 0), arithmetic_kernel, in, out, static_cast<int>(count)); });
 }
 
 }  // extern "C"

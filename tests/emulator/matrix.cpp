@@ -348,7 +348,7 @@ void wgmma_wait(int pending, Site site) {
         Block& block = *wait.fiber->block;
         Warp& warp = block.warps[static_cast<size_t>(wait.fiber->warp)];
         deliver(warp, *wait.fiber, wait.done, wait.site);
-        if (!kRace) return;
+        if (!racing) return;
         for (void* lane : lanes)
           observe(static_cast<Wait*>(lane)->fiber->clocks,
                   {wgmma_lane(block, wait.fiber->warp), static_cast<uint32_t>(wait.done), nullptr});

@@ -3,12 +3,11 @@
 
 #include "state.h"
 
-#ifdef EMU_ASAN  // the kernels are compiled with -fsanitize=address
-#include <sanitizer/asan_interface.h>
-#else
-static void __asan_poison_memory_region(const volatile void*, size_t) {}
-static void __asan_unpoison_memory_region(const volatile void*, size_t) {}
-#endif
+// AddressSanitizer's, where it is loaded.
+extern "C" {
+__attribute__((weak)) void __asan_poison_memory_region(const volatile void*, size_t);
+__attribute__((weak)) void __asan_unpoison_memory_region(const volatile void*, size_t);
+}
 
 namespace emu {
 
@@ -32,10 +31,15 @@ static char* stacks() {
   return memory;
 }
 
+static void mark(const void* memory, size_t bytes, bool usable) {
+  if (__asan_poison_memory_region == nullptr) return;
+  (usable ? __asan_unpoison_memory_region : __asan_poison_memory_region)(memory, bytes);
+}
+
 char* take_stack(int index) {
   if (index >= kStacks) throw std::runtime_error("too many threads for the emulator");
   char* const stack = stacks() + static_cast<size_t>(index) * kStack;
-  __asan_unpoison_memory_region(stack, kStack);  // a launch that failed left its marks
+  mark(stack, kStack, true);  // a launch that failed left its marks
   return stack;
 }
 
@@ -55,9 +59,9 @@ void poison(void* memory, size_t bytes) { std::memset(memory, 0xFF, bytes); }
 unsigned char* smem_slot(int slot) {
   if (slot >= kSlots) throw std::runtime_error("too many blocks for the emulator");
   char* const memory = arena() + static_cast<size_t>(slot) * kSlot;
-  __asan_unpoison_memory_region(memory, kSlot);
+  mark(memory, kSlot, true);
   poison(memory, machine.config.smem);
-  __asan_poison_memory_region(memory + machine.config.smem, kSlot - machine.config.smem);
+  mark(memory + machine.config.smem, kSlot - machine.config.smem, false);
   return reinterpret_cast<unsigned char*>(memory);
 }
 

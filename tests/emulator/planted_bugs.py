@@ -43,7 +43,8 @@ HOPPER = [
     Bug("gemm_hopper", "  sync_threads();\n  if (warp >= 8)", "  if (warp >= 8)",
         "nothing orders the init|holds no initialised"),
     Bug("gemm_hopper", "mbar_wait(empty + 8 * i, phase ^ 1)", "mbar_wait(empty + 8 * i, phase)",
-        "deadlock"),
+        r"deadlock:\n  block \(\d, \d, 0\) warp  \d waits for mbarrier 0x[0-9a-f]+, parity 0 at "
+        r"mutants-\w+\.cu:\d+ \(32 lanes, mask ffffffff\)"),
     Bug("gemm_hopper", "        mbar_wait(empty + 8 * i, phase ^ 1);\n", "",
         RACE + "|more arrivals"),
     Bug("gemm_hopper", "    mbar_wait(full + 8 * i, phase);\n", "", RACE),

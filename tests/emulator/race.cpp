@@ -12,6 +12,8 @@
 
 namespace emu {
 
+bool racing = false;
+
 bool on_stack(const void* address);
 bool in_arena(const void* address);
 
@@ -33,41 +35,41 @@ void Clocks::join(const Clocks& other) {
 }
 
 Actor as_thread(Fiber& fiber) {
-  if (!kRace) return {};
+  if (!racing) return {};
   return {fiber.tid, fiber.clocks.seen[fiber.tid],
           std::shared_ptr<Clocks>(std::shared_ptr<void>(), &fiber.clocks)};
 }
 
 void tick(Fiber& fiber) {
-  if (kRace) ++fiber.clocks.seen[fiber.tid];
+  if (racing) ++fiber.clocks.seen[fiber.tid];
 }
 
 void release(Clocks& to, Fiber& fiber) {
-  if (!kRace) return;
+  if (!racing) return;
   to.join(fiber.clocks);
   tick(fiber);
 }
 
 void acquire(Fiber& fiber, const Clocks& from) {
-  if (kRace) fiber.clocks.join(from);
+  if (racing) fiber.clocks.join(from);
 }
 
 void observe(Clocks& clocks, const Actor& done) {
-  if (!kRace) return;
+  if (!racing) return;
   if (clocks.seen.size() < static_cast<size_t>(machine.lane_count()))
     clocks.seen.resize(machine.lane_count());
   clocks.seen[done.lane] = std::max(clocks.seen[done.lane], done.clock);
 }
 
 Actor as_operation(const Clocks& clocks) {
-  if (!kRace) return {};
+  if (!racing) return {};
   const int lane = machine.next_tma_lane++ % kTmaLanes;
   return {2 * machine.threads + machine.threads / 32 + 1 + lane, ++machine.tma_clocks[lane],
           std::make_shared<Clocks>(clocks)};
 }
 
 Actor as_copy(Fiber& fiber) {
-  if (!kRace) return {};
+  if (!racing) return {};
   return {machine.threads + fiber.tid, fiber.copy_clock + 1,
           std::make_shared<Clocks>(fiber.clocks)};
 }
@@ -77,7 +79,7 @@ int wgmma_lane(const Block& block, int warp) {
 }
 
 Actor as_wgmma(Block& block, int warp) {
-  if (!kRace) return {};
+  if (!racing) return {};
   auto clocks = std::make_shared<Clocks>();
   const size_t first = 32u * static_cast<unsigned>(warp);
   for (size_t i = first; i < first + 32; ++i) release(*clocks, *block.fibers[i]);
@@ -86,7 +88,7 @@ Actor as_wgmma(Block& block, int warp) {
 }
 
 bool initialised_for(const Fiber& fiber, const Mbarrier& barrier) {
-  return !kRace || fiber.clocks.seen[barrier.owner->tid] >= barrier.init_clock;
+  return !racing || fiber.clocks.seen[barrier.owner->tid] >= barrier.init_clock;
 }
 
 // ---- shadow memory ----
@@ -107,7 +109,7 @@ struct Page {
 static std::unordered_map<uintptr_t, std::unique_ptr<Page>> pages;
 
 void race_begin_wave() {
-  if (!kRace) return;
+  if (!racing) return;
   std::fill(std::begin(machine.tma_clocks), std::end(machine.tma_clocks), 0);
   if (machine.wave == 1) pages.clear();
   for (const auto& block : machine.blocks)
@@ -119,7 +121,7 @@ void race_begin_wave() {
 }
 
 void race_begin_block(Block& block) {
-  if (!kRace) return;
+  if (!racing) return;
   const auto start = reinterpret_cast<uintptr_t>(block.smem) / 1024;
   for (uintptr_t page = start; page <= start + machine.config.smem / 1024; ++page)
     pages.erase(page);
@@ -201,7 +203,7 @@ static void mark_word(const Actor& actor, uintptr_t word, uint8_t bytes, int acc
 }
 
 void track(const Actor& actor, const void* address, size_t bytes, int access, Site site) {
-  if (!kRace || bytes == 0) return;
+  if (!racing || bytes == 0) return;
   const auto start = reinterpret_cast<uintptr_t>(address), end = start + bytes;
   for (uintptr_t word = start / 4; word <= (end - 1) / 4; ++word) {
     uint8_t mask = 15;
@@ -222,7 +224,7 @@ static std::unordered_map<const void*, Synchronised> synchronised;
 void thread_fence(Site site) {
   interleave(site);
   Fiber& fiber = self();
-  if (!kRace) return;
+  if (!racing) return;
   fiber.clocks.join(fiber.acquired);
   fiber.fenced = fiber.clocks;
   tick(fiber);
@@ -233,7 +235,7 @@ void atomic_access(const void* address, size_t bytes, Site site) {
   interleave(site);
   machine.idle += 1;
   if (!in_arena(address)) check_global(address, bytes, site);
-  if (!kRace) return;
+  if (!racing) return;
   Fiber& fiber = self();
   track(as_thread(fiber), address, bytes, kWrite | kAtomic, site);
   Synchronised& at = synchronised[address];
@@ -316,7 +318,6 @@ static void plain(const void* address, size_t bytes, bool write, void* counter) 
 
 }  // namespace emu
 
-#ifdef EMU_RACE
 #define EMU_HOOK(size)                                                                         \
   void __tsan_read##size(void* p) { emu::plain(p, size, false, __builtin_return_address(0)); } \
   void __tsan_write##size(void* p) { emu::plain(p, size, true, __builtin_return_address(0)); } \
@@ -338,7 +339,7 @@ void __tsan_read_range(void* p, size_t size) {
 void __tsan_write_range(void* p, size_t size) {
   emu::plain(p, size, true, __builtin_return_address(0));
 }
-void __tsan_init() {}
+void __tsan_init() { emu::racing = true; }
 void __tsan_func_entry(void*) {}
 void __tsan_func_exit() {}
 void __tsan_vptr_update(void**, void*) {}
@@ -346,4 +347,3 @@ void __tsan_vptr_read(void**) {}
 // Guards of function-local statics in host code.
 int8_t __tsan_atomic8_load(const volatile int8_t* p, int) { return *p; }
 }
-#endif

@@ -7,14 +7,12 @@
 
 #include "state.h"
 
-#ifdef EMU_ASAN  // the kernels are compiled with -fsanitize=address
-#include <sanitizer/common_interface_defs.h>
-#define EMU_START_SWITCH(save, bottom) __sanitizer_start_switch_fiber(save, bottom, emu::kStack)
-#define EMU_FINISH_SWITCH(saved) __sanitizer_finish_switch_fiber(saved, nullptr, nullptr)
-#else
-#define EMU_START_SWITCH(save, bottom)
-#define EMU_FINISH_SWITCH(saved)
-#endif
+// AddressSanitizer's, where it is loaded: it must know of every change of stacks.
+extern "C" {
+__attribute__((weak)) void __sanitizer_start_switch_fiber(void** save, const void* bottom,
+                                                          size_t size);
+__attribute__((weak)) void __sanitizer_finish_switch_fiber(void* saved, const void**, size_t*);
+}
 
 uint3 threadIdx, blockIdx;
 dim3 blockDim, gridDim;
@@ -54,6 +52,16 @@ std::string where(const Fiber& fiber) {
 
 // ---- switching ----
 
+static void start_switch(void** save, const void* bottom) {
+  if (__sanitizer_start_switch_fiber != nullptr)
+    __sanitizer_start_switch_fiber(save, bottom, kStack);
+}
+
+static void finish_switch(void* saved) {
+  if (__sanitizer_finish_switch_fiber != nullptr)
+    __sanitizer_finish_switch_fiber(saved, nullptr, nullptr);
+}
+
 static void enter(Fiber* fiber) {
   machine.current = fiber;
   threadIdx = fiber->thread_idx;
@@ -61,7 +69,7 @@ static void enter(Fiber* fiber) {
 }
 
 static void to_main() {
-  EMU_START_SWITCH(nullptr, nullptr);
+  start_switch(nullptr, nullptr);
   setcontext(&machine.main);
 }
 
@@ -143,9 +151,9 @@ static void reschedule() {
   machine.ready.pop_back();
   if (to == from) return;
   enter(to);
-  EMU_START_SWITCH(from->done ? nullptr : &from->fake_stack, to->stack);
+  start_switch(from->done ? nullptr : &from->fake_stack, to->stack);
   swapcontext(&from->context, &to->context);
-  EMU_FINISH_SWITCH(from->fake_stack);
+  finish_switch(from->fake_stack);
 }
 
 void block(const char* waits_for, unsigned a, unsigned b, Site site) {
@@ -228,7 +236,7 @@ void sync_warp(uint32_t mask, Site site) {
   collective(
       "syncwarp", mask, &self(),
       [](Lanes lanes) {
-        if (!kRace) return;
+        if (!racing) return;
         Clocks clocks;
         for (void* lane : lanes)
           if (lane != nullptr) release(clocks, *static_cast<Fiber*>(lane));
@@ -363,7 +371,7 @@ void cluster_wait(Site site) {
 // ---- launching ----
 
 static void fiber_main() {
-  EMU_FINISH_SWITCH(nullptr);
+  finish_switch(nullptr);
   Fiber& fiber = self();
   std::string thrown;
   try {
@@ -429,9 +437,9 @@ static void run_wave() {
   Fiber* first = machine.ready[pick];
   machine.ready.erase(machine.ready.begin() + static_cast<std::ptrdiff_t>(pick));
   enter(first);
-  EMU_START_SWITCH(&machine.main_fake_stack, first->stack);
+  start_switch(&machine.main_fake_stack, first->stack);
   swapcontext(&machine.main, &first->context);
-  EMU_FINISH_SWITCH(machine.main_fake_stack);
+  finish_switch(machine.main_fake_stack);
   machine.current = nullptr;
 }
 

@@ -93,8 +93,7 @@ __global__ void __launch_bounds__(384, 1)
     for (int kk = 0; kk < 4; ++kk)
       wgmma<__nv_bfloat16, 64>(
           sums, smem_descriptor<Swizzle::B128>(stage + group * TILE + kk * 32, 0, 1024),
-          smem_descriptor<Swizzle::B128>(stage + 2 * TILE + kk * 32, 0, 1024),
-          step > 0 || kk > 0);
+          smem_descriptor<Swizzle::B128>(stage + 2 * TILE + kk * 32, 0, 1024), step > 0 || kk > 0);
     wgmma_commit();
     wgmma_wait<0>();
     if (lane == 0) mbar_arrive(empty + 8 * i);

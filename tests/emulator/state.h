@@ -13,11 +13,8 @@
 
 namespace emu {
 
-#ifdef EMU_RACE
-constexpr bool kRace = true;  // kernels compiled with -fsanitize=thread call the hooks of race.cpp
-#else
-constexpr bool kRace = false;
-#endif
+/// Whether the kernels were compiled with -fsanitize=thread, whose hooks are in race.cpp.
+extern bool racing;
 
 constexpr int kSmemMax = 227 * 1024;
 constexpr int kTmaLanes = 64;
@@ -222,7 +219,7 @@ void check_global(const void* address, size_t bytes, Site site);
 char* take_stack(int index);
 constexpr size_t kStack = 256 * 1024;
 
-// ---- race.cpp: all of this does nothing without race detection ----
+// ---- race.cpp: nothing of this does anything unless racing ----
 void race_begin_wave();
 void race_begin_block(Block& block);
 Actor as_thread(Fiber& fiber);

@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import pytest
+
 from build import HERE, missing
 
 pytestmark = pytest.mark.skipif(missing() is not None, reason=str(missing()))

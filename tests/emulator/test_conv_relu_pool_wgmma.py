@@ -3,10 +3,11 @@
 import functools
 from dataclasses import replace
 
-import build
 import pytest
 import torch
 from conv_pool_wgmma_run import Case, Emulated, sources
+
+import build
 
 pytestmark = pytest.mark.skipif(build.missing() is not None, reason=str(build.missing()))
 

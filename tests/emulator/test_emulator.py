@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from build import HERE, Emulated, missing
 from kernel_checks import CHECKS
+
+from build import HERE, Emulated, missing
 
 pytestmark = pytest.mark.skipif(missing() is not None, reason=str(missing()))
 

@@ -6,6 +6,7 @@ import itertools
 
 import pytest
 import torch
+
 from build import HERE, Emulated, EmulatorError, missing
 
 pytestmark = pytest.mark.skipif(missing() is not None, reason=str(missing()))

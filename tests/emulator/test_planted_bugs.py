@@ -7,9 +7,10 @@ import hashlib
 import re
 
 import pytest
-from build import HERE, OUT, Emulated, missing
 from kernel_checks import CHECKS
 from planted_bugs import BUGS, Bug
+
+from build import HERE, OUT, Emulated, missing
 
 pytestmark = pytest.mark.skipif(missing() is not None, reason=str(missing()))
 TOGETHER = 8  # mutants of a library: most of the time goes into headers and linking

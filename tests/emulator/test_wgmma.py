@@ -6,8 +6,9 @@ import itertools
 
 import pytest
 import torch
-from build import HERE, Emulated, missing
 from test_instructions import TYPES, registers_of_a, swizzled
+
+from build import HERE, Emulated, missing
 
 pytestmark = pytest.mark.skipif(missing() is not None, reason=str(missing()))
 CHUNKS = {"none": 1, "128": 8, "64": 4, "32": 2}  # of 16 bytes in a row of the pattern

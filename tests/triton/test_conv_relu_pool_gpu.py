@@ -51,13 +51,13 @@ LAYERS = {
 
 
 @pytest.fixture
-def exact(monkeypatch):
-    monkeypatch.setattr(torch.backends.cudnn.conv, "fp32_precision", "ieee")
+def exact(conv_precision):
+    conv_precision("ieee")
 
 
 @pytest.fixture
-def tf32(monkeypatch):
-    monkeypatch.setattr(torch.backends.cudnn.conv, "fp32_precision", "tf32")
+def tf32(conv_precision):
+    conv_precision("tf32")
 
 
 @pytest.fixture
