@@ -5,6 +5,7 @@ import inspect
 from collections.abc import Callable, Iterator
 from types import MethodType
 
+import torch
 from torch import nn
 
 from pyops import backends
@@ -34,8 +35,9 @@ def optimize(model: nn.Module, *, backend: str | None = None) -> Report:
     or four dimensions) and runs the calls as they were written otherwise. torch.compile breaks its graph at
     any nn.LSTM unless torch._dynamo.config.allow_rnn is set; with it, the op is in the graph.
 
-    A copy.deepcopy is optimised as well; a pickled model comes back plain. A copy.copy runs the
-    forward of the model that it was copied from: restore first.
+    A copy.deepcopy and the replicas of nn.DataParallel are optimised as well. A pickled model comes
+    back plain, with its own methods on the instances: restore it before copying it any further. A
+    copy.copy runs the forward of the model that it was copied from: restore first.
 
     Args:
         model: any module. It may have been optimised before; the result is then as if it had not.
@@ -55,13 +57,24 @@ def optimize(model: nn.Module, *, backend: str | None = None) -> Report:
         raise ValueError(f"backend: expected None or one of {backends.NAMES}, got {backend!r}")
     names = {id(module): name for name, module in model.named_modules()}
     run = Run(names, PATTERNS, backend, Report())
+    scripted: set[nn.Module] = set()
     for module in model.modules():
+        if module in scripted:
+            continue
+        if isinstance(module, torch.jit.ScriptModule):
+            scripted.update(module.modules())
+            place = run.place(module, "forward")
+            run.skipped(place, ["forward"], "compiled by torch.jit, it has no Python source")
+            continue
         _restore_module(module)
         if "forward" in module.__dict__:
             if isinstance(module, SINGLE) or any(map(_may_be_swapped, module.children())):
                 run.skipped(run.place(module, "forward"), ["forward"], "set on this instance")
             continue
-        for method, function in _stand_ins(module, run).items():
+        found = _stand_ins(module, run)
+        if found and "_replicate_for_data_parallel" not in module.__dict__:
+            found["_replicate_for_data_parallel"] = _replicate_for_data_parallel
+        for method, function in found.items():
             setattr(function, _MARK, True)
             # Pickle stores a bound method as its name and finds the class's own by it on loading.
             function.__name__ = method
@@ -105,7 +118,7 @@ def _stand_ins(module: nn.Module, run: Run) -> dict[str, Callable]:
     if sequential.runs_in_order(module):
         forward = sequential.rewrite(module, run)
         return {} if forward is None else {"forward": forward}
-    if is_torchs_own(type(module).forward):
+    if is_torchs_own(inspect.getattr_static(type(module), "forward")):
         return {}
     found: dict[str, Callable] = {}
     waiting, seen = ["forward"], set()
@@ -124,6 +137,14 @@ def _stand_ins(module: nn.Module, run: Run) -> dict[str, Callable]:
             found[method] = function
         waiting += sorted(called)
     return found
+
+
+def _replicate_for_data_parallel(self: nn.Module) -> nn.Module:
+    """As the class's, which copies attributes: our methods in them must run on the replica's weights."""
+    replica: nn.Module = type(self)._replicate_for_data_parallel(self)
+    for name, method in _own_stand_ins(self).items():
+        replica.__dict__[name] = MethodType(method.__func__, replica)
+    return replica
 
 
 def _may_be_swapped(module: nn.Module) -> bool:

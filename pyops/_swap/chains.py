@@ -6,6 +6,7 @@ the call that replaces it, come from patterns (pattern.py).
 """
 
 import ast
+import inspect
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -59,7 +60,7 @@ def rewrite(module: nn.Module, method: str, run: Run) -> tuple[FunctionType | No
     Raises:
         SourceUnavailable: the method cannot be rewritten.
     """
-    found = source.read(getattr(type(module), method))
+    found = source.read(inspect.getattr_static(type(module), method))
     resolver = Resolver(module, found.function, found.node)
     called = set(_called_methods(found.node, resolver, module))
     finder = _Finder(found.node, resolver, run.patterns)
