@@ -21,6 +21,8 @@ __all__ = ["Entry", "Report", "optimize", "optimized", "restore"]
 
 PATTERNS = (CONV_POOL, CONV_TRANSPOSE, ATTENTION)
 SINGLE = (nn.LSTM, nn.MultiheadAttention)  # modules that an op stands in for by themselves
+# What exported programs call instead of torch's functions, by the names of `torch.ops.aten`.
+ATEN = ("conv2d", "conv_transpose2d", "lstm", "scaled_dot_product_attention")
 # On a function that stands in for a method: says that it is ours.
 _MARK = "_pyops_stand_in"
 
@@ -120,6 +122,11 @@ def _stand_ins(module: nn.Module, run: Run) -> dict[str, Callable]:
         return {} if forward is None else {"forward": forward}
     if is_torchs_own(inspect.getattr_static(type(module), "forward")):
         return {}
+    if isinstance(module, torch.fx.GraphModule):
+        for name in ATEN:
+            if any(str(node.target).startswith(f"aten.{name}.") for node in module.graph.nodes):
+                why = "an exported program calls torch.ops.aten; optimize before exporting"
+                run.skipped(run.place(module, "forward"), [name], why)
     found: dict[str, Callable] = {}
     waiting, seen = ["forward"], set()
     while waiting:

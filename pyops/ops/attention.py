@@ -113,7 +113,7 @@ def _attention(
 ) -> tuple[Tensor, Tensor]:
     try:
         facts = checks.facts(tensors, 3)
-    except AttributeError:  # not all of them are tensors
+    except (AttributeError, RuntimeError):  # not all of them are tensors, or one is nested
         _check_tensors(*tensors)
         raise
     query, key, value, bias, alibi_slopes, sinks = tensors

@@ -62,7 +62,7 @@ def attention_varlen(
     tensors = (query, key, value, cu_seqlens_q, cu_seqlens_k, alibi_slopes, sinks)
     try:
         facts = checks.facts(tensors, 5)
-    except AttributeError:  # not all of them are tensors
+    except (AttributeError, RuntimeError):  # not all of them are tensors, or one is nested
         _check_tensors(*tensors)
         raise
     if registration.autocasting(query.device):

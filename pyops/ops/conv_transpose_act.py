@@ -74,7 +74,7 @@ def conv_transpose2d_act(
         facts = tuple(
             None if t is None else (t.shape, t.dtype, t.device, t.layout) for t in tensors
         )
-    except AttributeError:  # not all of them are tensors
+    except (AttributeError, RuntimeError):  # not all of them are tensors, or one is nested
         _check_tensors(tensors)
         raise
     if input is not None and registration.autocasting(input.device):
@@ -152,7 +152,7 @@ def _plan(facts: tuple[Any, ...], options: tuple[Any, ...], tensors: tuple[Any, 
     for name, sizes in (("input", input_shape[-3:]), ("weight", weight_shape)):
         if any(size == 0 for size in sizes):
             raise ValueError(f"{name}: expected no size 0 (but for the batch), got {tuple(sizes)}")
-    spec = _spec(input_shape, weight_shape, *geometry)
+    spec = _spec(input_shape, weight_shape, dtype, *geometry)
     channels = weight_shape[1] * spec.groups
     for name, vector in zip(_VECTORS, vectors, strict=True):
         if vector is not None and tuple(vector[0]) != (channels,):
@@ -170,6 +170,7 @@ def _plan(facts: tuple[Any, ...], options: tuple[Any, ...], tensors: tuple[Any, 
 def _spec(
     input_shape: torch.Size,
     weight_shape: torch.Size,
+    dtype: torch.dtype,
     stride: Any,
     padding: Any,
     output_padding: Any,
@@ -187,8 +188,7 @@ def _spec(
             f"output_padding: expected less than stride {stride} or dilation {dilation}, "
             f"got {output_padding}"
         )
-    if not isinstance(groups, int) or isinstance(groups, bool):
-        raise TypeError(f"groups: expected an int, got {groups!r}")
+    groups = arguments.integer("groups", groups)
     channels = input_shape[-3]
     if groups < 1 or channels % groups:
         raise ValueError(
@@ -200,11 +200,10 @@ def _spec(
             f"got {tuple(weight_shape)}"
         )
     arguments.one_of("activation", activation, ("relu", "leaky_relu", "tanh", "sigmoid", None))
-    if not isinstance(negative_slope, (int, float)) or isinstance(negative_slope, bool):
-        raise TypeError(f"negative_slope: expected a number, got {negative_slope!r}")
+    negative_slope = arguments.slope("negative_slope", negative_slope, dtype)
     return ConvTransposeSpec(
         *(stride[0], stride[1], padding[0], padding[1], output_padding[0], output_padding[1]),
-        *(dilation[0], dilation[1], groups, activation or "none", float(negative_slope)),
+        *(dilation[0], dilation[1], groups, activation or "none", negative_slope),
     )
 
 

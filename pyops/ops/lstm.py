@@ -97,7 +97,12 @@ def lstm(
             None if states is None else tuple([_facts(s) for s in states]),
             tuple([_facts(w) for w in weights]),
         )
-    except (AttributeError, TypeError, ValueError):  # something is no tensor
+    except (
+        AttributeError,
+        TypeError,
+        ValueError,
+        RuntimeError,
+    ):  # something is no tensor, or nested
         checks.check_tensors(input, hx, weights)
         raise
     needs_grad = torch.is_grad_enabled() and (
@@ -182,7 +187,7 @@ def _plan(
     """Check and normalise everything that does not depend on the tensors' contents."""
     checks.check_tensors(input, states, weights)
     variant = checks.options(*options)
-    num_layers, bidirectional, batch_first = options[:3]
+    num_layers, (bidirectional, batch_first) = int(options[0]), options[1:3]
     packed = batch is not None
     checks.check_input(input.shape, packed, batch_first)
     spec, sizes = checks.check_weights(
