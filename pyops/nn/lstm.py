@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
+from ..ops import _arguments as arguments
+from ..ops import lstm_checks as checks
 from ..ops.lstm import States, lstm
 
 _NORMS = ("weight_ln_ih", "weight_ln_hh", "weight_ln_c", "bias_ln_c")
@@ -67,6 +69,10 @@ class LSTM(torch.nn.RNNBase):
         zoneout: float | tuple[float, float] = 0.0,
         backend: str | None = None,
     ) -> None:
+        arguments.backend(backend)
+        checks.options(
+            *(num_layers, bidirectional, batch_first, dropout, True, layer_norm, zoneout)
+        )
         self.layer_norm = layer_norm
         self.zoneout = zoneout
         self.backend = backend
@@ -147,6 +153,8 @@ class LSTMCell(torch.nn.LSTMCell):
         zoneout: float | tuple[float, float] = 0.0,
         backend: str | None = None,
     ) -> None:
+        arguments.backend(backend)
+        checks.options(1, False, False, 0.0, True, False, zoneout)
         super().__init__(input_size, hidden_size, bias, device=device, dtype=dtype)
         self.zoneout = zoneout
         self.backend = backend
@@ -170,3 +178,7 @@ class LSTMCell(torch.nn.LSTMCell):
             backend=self.backend,
         )
         return h.squeeze(0), c.squeeze(0)
+
+    def extra_repr(self) -> str:
+        zoneout = f", zoneout={self.zoneout}" if self.zoneout else ""
+        return f"{super().extra_repr()}{zoneout}"

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from .. import backends
+
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -65,6 +67,12 @@ def one_of(name: str, value: Any, choices: tuple[Any, ...]) -> Any:
     if value not in choices:
         raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {value!r}")
     return value
+
+
+def backend(value: Any) -> None:
+    """None or the name of a backend, there or not."""
+    if value is not None:
+        one_of("backend", value, backends.NAMES)
 
 
 def floating_tensor(name: str, value: Any) -> None:

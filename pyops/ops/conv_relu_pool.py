@@ -185,6 +185,11 @@ def _plan(
 _plans = Plans()
 
 
+def check_options(channels: int, weight: Tensor, options: tuple[Any, ...]) -> None:
+    """Raise what the op would, whatever the input; `options` are its own from stride to ceil_mode, in order."""
+    _spec(torch.Size((channels, 1, 1)), weight.shape, weight.dtype, *options)
+
+
 def _spec(
     input_shape: torch.Size,
     weight_shape: torch.Size,

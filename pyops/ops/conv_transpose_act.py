@@ -167,6 +167,11 @@ def _plan(facts: tuple[Any, ...], options: tuple[Any, ...], tensors: tuple[Any, 
     return _Plan(use, spec, needs_grad)
 
 
+def check_options(channels: int, weight: Tensor, options: tuple[Any, ...]) -> None:
+    """Raise what the op would, whatever the input; `options` are its own from stride to negative_slope, in order."""
+    _spec(torch.Size((channels, 1, 1)), weight.shape, weight.dtype, *options)
+
+
 def _spec(
     input_shape: torch.Size,
     weight_shape: torch.Size,

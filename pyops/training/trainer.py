@@ -21,7 +21,8 @@ def check_settings(settings: Any, presets: tuple[str, ...]) -> None:
     """Raise ValueError, naming the setting, unless each is of its default's type and in range."""
     for field in fields(settings):
         name, value = field.name, getattr(settings, field.name)
-        kind: type = type(field.default)
+        default: Any = field.default
+        kind: Any = type(default)
         if type(value) is not kind:
             raise ValueError(f"{name}: expected {kind.__name__}, got {value!r}")
         if name == "seed":  # what torch.Generator takes
