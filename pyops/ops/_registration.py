@@ -139,3 +139,8 @@ def needs_plain_torch() -> bool:
         return True
     stack = get_interpreter_stack()
     return stack is not None and any(i.key() != TransformType.Vmap for i in stack)
+
+
+def needs_registered_op() -> bool:
+    """Under vmap and torch.jit.trace a call must be one op that they know, not a function in Python."""
+    return get_interpreter_stack() is not None or torch._C._is_tracing()

@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._C._functorch import get_interpreter_stack
 
 from ..reference import attention_varlen as reference
 from ..reference.attention import AttentionSpec
@@ -108,7 +107,7 @@ def attention_varlen(
         packed = map(checks.unit_last, (query, key, value))
         inputs = (*packed, *cu_seqlens, *max_seqlens, alibi_slopes, sinks, rng_state)
         op = checks.operator(_OP, use)
-        if compiling or get_interpreter_stack() is not None:
+        if compiling or registration.needs_registered_op():
             output, lse = op(*inputs, *spec)
         elif needs_grad:
             output, lse = EagerFunction.apply(op, spec, *inputs)

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._C._functorch import get_interpreter_stack
 
 from ..reference import conv_relu_pool as reference
 from ..reference.conv_relu_pool import ConvPoolSpec, codes_fit, conv_extents, pool_extents
@@ -94,6 +93,8 @@ def conv_relu_pool2d(
     needs_grad = torch.is_grad_enabled() and (
         input.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
     )
+    if torch._C._is_tracing():  # the graph is for calls with and without gradients
+        needs_grad = True
     compiling = torch.compiler.is_compiling()
     if compiling:
         plan = _plan(facts, options, backend, needs_grad, input, weight, bias)
@@ -116,7 +117,7 @@ def conv_relu_pool2d(
         return reference.conv_relu_pool2d(input, weight, bias, plan.spec)
     batched = input if input.dim() == 4 else input.unsqueeze(0)
     op = _operator(use)
-    if compiling or get_interpreter_stack() is not None:
+    if compiling or registration.needs_registered_op():
         output, _ = op(batched, weight, bias, *flat, needs_grad)
     elif needs_grad:
         output = EagerFunction.apply(batched, weight, bias, op, flat)

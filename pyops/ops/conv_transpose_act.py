@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._C._functorch import get_interpreter_stack
 
 from ..reference import conv_transpose_act as reference
 from ..reference.conv_transpose_act import ConvTransposeSpec, output_extents
@@ -105,7 +104,7 @@ def conv_transpose2d_act(
         return reference.conv_transpose2d_act(input, weight, bias, scale, shift, spec)
     batched = input if input.dim() == 4 else input.unsqueeze(0)
     op = _operator(use)
-    if compiling or get_interpreter_stack() is not None:
+    if compiling or registration.needs_registered_op():
         output = op(batched, weight, bias, scale, shift, *spec)
     elif needs_grad:
         output = EagerFunction.apply(batched, weight, bias, scale, shift, op, spec)

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._C._functorch import get_interpreter_stack
 
 from ..reference import lstm as reference
 from ..reference.lstm import LSTMSpec, Variant
@@ -110,6 +109,8 @@ def lstm(
         or any([w.requires_grad for w in weights])
         or (states is not None and (states[0].requires_grad or states[1].requires_grad))
     )
+    if torch._C._is_tracing():  # the graph is for calls with and without gradients
+        needs_grad = True
     compiling = torch.compiler.is_compiling()
     batch = None
     if batch_sizes is not None:
@@ -288,7 +289,7 @@ def _call(
     spec: LSTMSpec,
     needs_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if torch.compiler.is_compiling() or get_interpreter_stack() is not None:
+    if torch.compiler.is_compiling() or registration.needs_registered_op():
         return op(input, h0, c0, list(weights), batch_sizes, *spec, needs_grad)[:3]
     if needs_grad:
         return EagerFunction.apply(op, spec, batch_sizes, input, h0, c0, *weights)
