@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
+from ..ops import _arguments as arguments
+from ..ops import lstm_checks as checks
 from ..ops.lstm import States, lstm
 
 _NORMS = ("weight_ln_ih", "weight_ln_hh", "weight_ln_c", "bias_ln_c")
@@ -88,6 +90,10 @@ class LSTM(torch.nn.RNNBase):
         zoneout: float | tuple[float, float] = 0.0,
         backend: str | None = None,
     ) -> None:
+        arguments.backend(backend)
+        checks.options(
+            *(num_layers, bidirectional, batch_first, dropout, True, layer_norm, zoneout)
+        )
         self.layer_norm = layer_norm
         self.zoneout = zoneout
         self.backend = backend
@@ -163,6 +169,8 @@ class LSTMCell(torch.nn.LSTMCell):
         zoneout: float | tuple[float, float] = 0.0,
         backend: str | None = None,
     ) -> None:
+        arguments.backend(backend)
+        checks.options(1, False, False, 0.0, True, layer_norm, zoneout)
         super().__init__(input_size, hidden_size, bias, device=device, dtype=dtype)
         self.layer_norm = layer_norm
         self.zoneout = zoneout

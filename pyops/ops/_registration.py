@@ -172,3 +172,8 @@ def needs_plain_torch() -> bool:
 # torch.compile asks it as it traces, within the transforms that it traces, and keeps the answer;
 # what torch._dynamo.assume_constant_result does, without importing torch._dynamo.
 needs_plain_torch._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def needs_registered_op() -> bool:
+    """Under vmap and torch.jit.trace a call must be one op that they know, not a function in Python."""
+    return get_interpreter_stack() is not None or torch._C._is_tracing()

@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._C._functorch import get_interpreter_stack
 
 from ..reference import attention as reference
 from ..reference.attention import AttentionSpec
@@ -113,7 +112,7 @@ def _attention(
 ) -> tuple[Tensor, Tensor]:
     try:
         facts = checks.facts(tensors, 3)
-    except AttributeError:  # not all of them are tensors
+    except (AttributeError, RuntimeError):  # not all of them are tensors, or one is nested
         _check_tensors(*tensors)
         raise
     query, key, value, bias, alibi_slopes, sinks = tensors
@@ -153,7 +152,7 @@ def _attention(
     query, key, value = checks.unit_last(query), checks.unit_last(key), checks.unit_last(value)
     inputs = (query, key, value, bias, alibi_slopes, sinks, rng_state)
     op = checks.operator(_OP, use)
-    if compiling or get_interpreter_stack() is not None:
+    if compiling or registration.needs_registered_op():
         return op(*inputs, *spec)
     if needs_grad:
         return EagerFunction.apply(op, spec, *inputs)

@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._C._functorch import get_interpreter_stack
 
 from ..reference import attention_varlen as reference
 from ..reference.attention import AttentionSpec
@@ -62,7 +61,7 @@ def attention_varlen(
     tensors = (query, key, value, cu_seqlens_q, cu_seqlens_k, alibi_slopes, sinks)
     try:
         facts = checks.facts(tensors, 5)
-    except AttributeError:  # not all of them are tensors
+    except (AttributeError, RuntimeError):  # not all of them are tensors, or one is nested
         _check_tensors(*tensors)
         raise
     if registration.autocasting(query.device):
@@ -103,7 +102,7 @@ def attention_varlen(
         packed = map(checks.unit_last, (query, key, value))
         inputs = (*packed, *cu_seqlens, *max_seqlens, alibi_slopes, sinks, rng_state)
         op = checks.operator(_OP, use)
-        if compiling or get_interpreter_stack() is not None:
+        if compiling or registration.needs_registered_op():
             output, lse = op(*inputs, *spec)
         elif needs_grad:
             output, lse = EagerFunction.apply(op, spec, *inputs)

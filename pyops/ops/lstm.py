@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._C._functorch import get_interpreter_stack
 
 from ..reference import lstm as reference
 from ..reference.lstm import LSTMSpec, Variant
@@ -97,7 +96,12 @@ def lstm(
             None if states is None else tuple([_facts(s) for s in states]),
             tuple([_facts(w) for w in weights]),
         )
-    except (AttributeError, TypeError, ValueError):  # something is no tensor
+    except (
+        AttributeError,
+        TypeError,
+        ValueError,
+        RuntimeError,
+    ):  # something is no tensor, or nested
         checks.check_tensors(input, hx, weights)
         raise
     needs_grad = torch.is_grad_enabled() and (
@@ -105,6 +109,8 @@ def lstm(
         or any([w.requires_grad for w in weights])
         or (states is not None and (states[0].requires_grad or states[1].requires_grad))
     )
+    if torch._C._is_tracing():  # the graph is for calls with and without gradients
+        needs_grad = True
     compiling = torch.compiler.is_compiling()
     batch = None
     if batch_sizes is not None:
@@ -177,7 +183,7 @@ def _plan(
     """Check and normalise everything that does not depend on the tensors' contents."""
     checks.check_tensors(input, states, weights)
     variant = checks.options(*options)
-    num_layers, bidirectional, batch_first = options[:3]
+    num_layers, (bidirectional, batch_first) = int(options[0]), options[1:3]
     packed = batch is not None
     checks.check_input(input.shape, packed, batch_first)
     spec, sizes = checks.check_weights(
@@ -278,7 +284,7 @@ def _call(
     spec: LSTMSpec,
     needs_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if torch.compiler.is_compiling() or get_interpreter_stack() is not None:
+    if torch.compiler.is_compiling() or registration.needs_registered_op():
         return op(input, h0, c0, list(weights), batch_sizes, *spec, needs_grad)[:3]
     if needs_grad:
         return EagerFunction.apply(op, spec, batch_sizes, input, h0, c0, *weights)

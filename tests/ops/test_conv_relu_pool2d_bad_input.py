@@ -100,9 +100,8 @@ def test_equal_values_of_the_wrong_type_are_refused_after_a_good_call(good, bad)
 
 
 def test_module_raises_likewise():
-    module = ConvReLUPool2d(6, 8, 3, pool="median")
     with pytest.raises(ValueError, match="pool: expected one of 'max', 'avg', None, got 'median'"):
-        module(X)
+        ConvReLUPool2d(6, 8, 3, pool="median")
     with pytest.raises(ValueError, match=r"weight: expected 5 input channels"):
         ConvReLUPool2d(6, 8, 3)(X[:, :5])
 
