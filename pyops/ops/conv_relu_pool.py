@@ -95,9 +95,9 @@ def conv_relu_pool2d(
     needs_grad = torch.is_grad_enabled() and (
         input.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
     )
-    if torch._C._is_tracing():  # the graph is for calls with and without gradients
-        needs_grad = True
     compiling = torch.compiler.is_compiling()
+    if not compiling and torch._C._is_tracing():  # a graph for calls with and without gradients
+        needs_grad = True
     if compiling:
         plan = _plan(facts, options, backend, needs_grad, input, weight, bias)
     else:

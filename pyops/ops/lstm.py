@@ -109,9 +109,9 @@ def lstm(
         or any([w.requires_grad for w in weights])
         or (states is not None and (states[0].requires_grad or states[1].requires_grad))
     )
-    if torch._C._is_tracing():  # the graph is for calls with and without gradients
-        needs_grad = True
     compiling = torch.compiler.is_compiling()
+    if not compiling and torch._C._is_tracing():  # a graph for calls with and without gradients
+        needs_grad = True
     batch = None
     if batch_sizes is not None:
         batch = _packed_batch(input, states, batch_sizes, compiling)
