@@ -10,10 +10,10 @@ from collections.abc import Sequence
 import pyops
 from pyops.bench.report import ResultsError
 from pyops.commands import CommandError, bench, check, demo, info, train
-from pyops.training import CheckpointError
+from pyops.training import CheckpointError, TrainingError
 
 COMMANDS = {"info": info, "check": check, "bench": bench, "train": train, "demo": demo}
-EXIT_CODES = "exit codes: 0 all right, 1 a check failed, 2 wrong usage or input"
+EXIT_CODES = "exit codes: 0 all right, 1 a check or a training run failed, 2 wrong usage or input"
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -48,6 +48,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         message = " ".join(str(error).split())
         print(f"pyops {args.command}: error: {message}", file=sys.stderr)
         return 2
+    except TrainingError as error:
+        print(f"pyops {args.command}: error: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print(f"pyops {args.command}: interrupted", file=sys.stderr)
         return 130

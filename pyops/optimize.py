@@ -5,6 +5,7 @@ import inspect
 from collections.abc import Callable, Iterator
 from types import MethodType
 
+import torch
 from torch import nn
 
 from pyops import backends
@@ -20,6 +21,8 @@ __all__ = ["Entry", "Report", "optimize", "optimized", "restore"]
 
 PATTERNS = (CONV_POOL, CONV_TRANSPOSE, ATTENTION)
 SINGLE = (nn.LSTM, nn.MultiheadAttention)  # modules that an op stands in for by themselves
+# What exported programs call instead of torch's functions, by the names of `torch.ops.aten`.
+ATEN = ("conv2d", "conv_transpose2d", "lstm", "scaled_dot_product_attention")
 # On a function that stands in for a method: says that it is ours.
 _MARK = "_pyops_stand_in"
 
@@ -34,8 +37,9 @@ def optimize(model: nn.Module, *, backend: str | None = None) -> Report:
     or four dimensions) and runs the calls as they were written otherwise. torch.compile breaks its graph at
     any nn.LSTM unless torch._dynamo.config.allow_rnn is set; with it, the op is in the graph.
 
-    A copy.deepcopy is optimised as well; a pickled model comes back plain. A copy.copy runs the
-    forward of the model that it was copied from: restore first.
+    A copy.deepcopy and the replicas of nn.DataParallel are optimised as well. A pickled model comes
+    back plain, with its own methods on the instances: restore it before copying it any further. A
+    copy.copy runs the forward of the model that it was copied from: restore first.
 
     Args:
         model: any module. It may have been optimised before; the result is then as if it had not.
@@ -55,13 +59,24 @@ def optimize(model: nn.Module, *, backend: str | None = None) -> Report:
         raise ValueError(f"backend: expected None or one of {backends.NAMES}, got {backend!r}")
     names = {id(module): name for name, module in model.named_modules()}
     run = Run(names, PATTERNS, backend, Report())
+    scripted: set[nn.Module] = set()
     for module in model.modules():
+        if module in scripted:
+            continue
+        if isinstance(module, torch.jit.ScriptModule):
+            scripted.update(module.modules())
+            place = run.place(module, "forward")
+            run.skipped(place, ["forward"], "compiled by torch.jit, it has no Python source")
+            continue
         _restore_module(module)
         if "forward" in module.__dict__:
             if isinstance(module, SINGLE) or any(map(_may_be_swapped, module.children())):
                 run.skipped(run.place(module, "forward"), ["forward"], "set on this instance")
             continue
-        for method, function in _stand_ins(module, run).items():
+        found = _stand_ins(module, run)
+        if found and "_replicate_for_data_parallel" not in module.__dict__:
+            found["_replicate_for_data_parallel"] = _replicate_for_data_parallel
+        for method, function in found.items():
             setattr(function, _MARK, True)
             # Pickle stores a bound method as its name and finds the class's own by it on loading.
             function.__name__ = method
@@ -105,8 +120,13 @@ def _stand_ins(module: nn.Module, run: Run) -> dict[str, Callable]:
     if sequential.runs_in_order(module):
         forward = sequential.rewrite(module, run)
         return {} if forward is None else {"forward": forward}
-    if is_torchs_own(type(module).forward):
+    if is_torchs_own(inspect.getattr_static(type(module), "forward")):
         return {}
+    if isinstance(module, torch.fx.GraphModule):
+        for name in ATEN:
+            if any(str(node.target).startswith(f"aten.{name}.") for node in module.graph.nodes):
+                why = "an exported program calls torch.ops.aten; optimize before exporting"
+                run.skipped(run.place(module, "forward"), [name], why)
     found: dict[str, Callable] = {}
     waiting, seen = ["forward"], set()
     while waiting:
@@ -124,6 +144,14 @@ def _stand_ins(module: nn.Module, run: Run) -> dict[str, Callable]:
             found[method] = function
         waiting += sorted(called)
     return found
+
+
+def _replicate_for_data_parallel(self: nn.Module) -> nn.Module:
+    """As the class's, which copies attributes: our methods in them must run on the replica's weights."""
+    replica: nn.Module = type(self)._replicate_for_data_parallel(self)
+    for name, method in _own_stand_ins(self).items():
+        replica.__dict__[name] = MethodType(method.__func__, replica)
+    return replica
 
 
 def _may_be_swapped(module: nn.Module) -> bool:

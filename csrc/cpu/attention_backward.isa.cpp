@@ -1,6 +1,7 @@
 // Attention backward: the five products of a tile, and the passes around them.
 #include "attention_backward_pack.h"
 #include "attention_backward_scores.h"
+#include "attention_dots.h"
 #include "runtime.h"
 
 namespace pyops::cpu::PYOPS_ISA {
@@ -81,6 +82,7 @@ struct Chunk {
   const int64_t d, dv;                   // padded columns
   Workspace w;
   bool want_scores_grad, plain;
+  bool dots;  // scores are summed as forward does for few queries
 
   Chunk(const AttentionBackward& g, int64_t b, int64_t kv_head, int64_t chunk)
       : g(g),
@@ -93,6 +95,7 @@ struct Chunk {
         d(padded_columns(g.p.head_dim)),
         dv(padded_columns(g.p.head_dim_v)) {
     want_scores_grad = g.grad_query || g.grad_key || g.grad_bias;
+    dots = p.dtype == DType::kFloat && few_queries(seq.seqlen_q, p.head_dim_v);
     plain = p.softcap == 0.0f && !p.alibi_slopes && p.bias_kind == BiasKind::kNone && !p.dropout;
     const int64_t keys = end - begin, rows = g.chunks == 1 ? seq.seqlen_q : 0;
     Carver size{nullptr, 0};
@@ -158,8 +161,10 @@ struct Chunk {
     if (lo >= hi) return;
     const T* key = head_rows<T>(p.key, p.key_strides, b, kv_head, seq.first_k + k0);
     const T* value = head_rows<T>(p.value, p.value_strides, b, kv_head, seq.first_k + k0);
-    pack_transposed<Words>(key, p.key_strides.row, keys, p.head_dim, w.key_transposed,
-                           kPanel * d / kPack);
+    if (!dots) {
+      pack_transposed<Words>(key, p.key_strides.row, keys, p.head_dim, w.key_transposed,
+                             kPanel * d / kPack);
+    }
     if (want_scores_grad) {
       pack_transposed<Words>(value, p.value_strides.row, keys, p.head_dim_v, w.value_transposed,
                              kPanel * dv / kPack);
@@ -199,6 +204,18 @@ struct Chunk {
                           dv);
     }
     if (g.grad_bias) begin_grad_bias(t);
+    if (dots) {
+      static_assert(kBlockK <= kDotKeys && kDotQueries <= kTileRows);
+      alignas(64) float sums[kDotQueries * kDotKeys];
+      const T* key = head_rows<T>(p.key, p.key_strides, b, kv_head, seq.first_k + t.k0);
+      score_dots(w.query_rows, d, t.rows, reinterpret_cast<const char*>(key),
+                 p.key_strides.row * static_cast<int64_t>(sizeof(T)), p.head_dim, sums, t.keys);
+      for (int r = 0; r < t.rows; ++r) {
+        for (int c = 0; c < t.keys; c += kLanes) {
+          store(t.scores + r * kScoreRow + c, load(sums + r * kDotKeys + c));
+        }
+      }
+    }
     for (int r = 0; r < t.rows; r += kTileRows) {
       const int count = t.rows - r < kTileRows ? t.rows - r : kTileRows;
       plain ? score_rows<true>(t, r, count) : score_rows<false>(t, r, count);
@@ -238,9 +255,11 @@ struct Chunk {
     for (int v = begin; v < end;) {
       const int panel = v / kTileVecs, in_panel = v % kTileVecs;
       const int count_vecs = static_cast<int>(least(kTileVecs - in_panel, end - v));
-      products(w.query_rows + r * (d / kPack), d / kPack, p.head_dim, kScoreWords,
-               w.key_transposed + panel * (kPanel * d / kPack) + in_panel * kLanes, count,
-               count_vecs, t.scores + r * kScoreRow + v * kLanes);
+      if (!dots) {
+        products(w.query_rows + r * (d / kPack), d / kPack, p.head_dim, kScoreWords,
+                 w.key_transposed + panel * (kPanel * d / kPack) + in_panel * kLanes, count,
+                 count_vecs, t.scores + r * kScoreRow + v * kLanes);
+      }
       if (want_scores_grad) {
         products(w.grad_rows + r * (dv / kPack), dv / kPack, p.head_dim_v, kGradWords,
                  w.value_transposed + panel * (kPanel * dv / kPack) + in_panel * kLanes, count,

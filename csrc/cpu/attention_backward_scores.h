@@ -202,11 +202,12 @@ PYOPS_INLINE void score_vector(const ScoreTile& t, const ScoreRow& row, int c) {
     x = fma(x, factor, splat(-row.lse)) * kLog2e;
     x = max_or_second(splat(-126.0f), x);
   } else {
-    x *= factor;
-    if (p.softcap > 0.0f) {
-      const Vec t = tanh(x / p.softcap);
+    if (p.softcap > 0.0f) {  // rounded as forward does it
+      const Vec t = tanh(x * (p.scale / p.softcap));
       x = t * p.softcap;
       factor *= 1.0f - t * t;
+    } else {
+      x *= factor;
     }
     if (p.alibi_slopes) {
       const Vec distance = static_cast<float>(row.diagonal - c) - row.lanes;

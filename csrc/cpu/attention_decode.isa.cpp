@@ -91,7 +91,7 @@ void add_keys(const AttentionDecode& d, Rows& rows, int64_t key, int64_t count, 
               const char* k, int64_t k_row, const float* v, int64_t v_row, bool first, float* s) {
   if (rows.dots) {
     alignas(64) float dots[kDotQueries * kDotKeys];
-    score_dots(rows.query, rows.count, k, k_row, d.head_dim, dots, count);
+    score_dots(rows.query, d.head_dim, rows.count, k, k_row, d.head_dim, dots, count);
     if (!(d.softcap > 0) && !d.alibi_slopes) {
       return add_dots(d, rows, key, count, v, v_row, first, dots);
     }

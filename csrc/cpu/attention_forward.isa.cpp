@@ -68,7 +68,7 @@ inline void add_dots(const Plan& plan, const AttentionSequence& sequence, Unit& 
   alignas(64) float s[kDotQueries * kDotKeys];
   float alpha[kDotQueries];
   const int64_t count = end - begin;
-  score_dots(u.q, u.rows, k, k_row, p.head_dim, s, count);
+  score_dots(u.q, p.head_dim, u.rows, k, k_row, p.head_dim, s, count);
   for (int64_t r = 0; r < u.rows; ++r) {
     const int64_t seen_end = max(0, min(count, end_visible(p, sequence, u.row + r) - begin));
     const int64_t seen = max(0, min(seen_end, first_visible(p, sequence, u.row + r) - begin));
@@ -106,7 +106,7 @@ void add_block(const Plan& plan, const AttentionSequence& sequence, int64_t b, U
 
   if (u.dots) {
     alignas(64) float dots[kDotQueries * kDotKeys];
-    score_dots(u.q, u.rows, k + (key_begin - from) * k_row, k_row, p.head_dim, dots,
+    score_dots(u.q, p.head_dim, u.rows, k + (key_begin - from) * k_row, k_row, p.head_dim, dots,
                key_end - key_begin);
     spread_dots(dots, u.rows, key_end - key_begin, s + key_begin * u.width);
   }
@@ -270,9 +270,9 @@ void run_task(const Plan& plan, int64_t task) {
     u.first = true;
     u.by_rows =
         !kPairs && u.vectors == 1 && u.rows * ceil_div(p.head_dim_v, kLanes) <= p.head_dim_v;
-    // Not in float32: backward sums its scores as tiles do, and exp(score - lse) would show the
-    // difference.
-    u.dots = u.by_rows && u.rows <= kDotQueries && p.dtype != DType::kFloat;
+    // In float32 only where backward does so too, which looks at the whole sequence.
+    const int64_t queries = p.dtype == DType::kFloat ? sequence.seqlen_q : u.rows;
+    u.dots = !kPairs && few_queries(queries, p.head_dim_v);
     u.most = memory, u.sum = u.most + kWidth, u.q = u.sum + kWidth;
     u.o = u.q + plan.words * kWidth;
     memory += unit_floats;

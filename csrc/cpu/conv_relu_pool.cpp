@@ -51,11 +51,51 @@ void run_forward(ConvReluPoolParams& p, const Tensor& weight) {
     if (PYOPS_ISA_SELECT(conv_relu_pool_stem)(p)) return;
     if (PYOPS_ISA_SELECT(conv_relu_pool_winograd_int16)(p)) return;
     if (PYOPS_ISA_SELECT(conv_relu_pool_winograd)(p)) return;
+    if (PYOPS_ISA_SELECT(conv_relu_pool_winograd_any_pool)(p)) return;
     if (PYOPS_ISA_SELECT(conv_relu_pool_depthwise)(p)) return;
     if (PYOPS_ISA_SELECT(conv_relu_pool_direct)(p)) return;
   }
   lay_contiguous();
   conv_relu_pool_generic(p);
+}
+
+// Images of a few pixels fill the direct kernel's rows badly: the library's convolution and the
+// activation in place are faster. Always NCHW: its channels_last has several times the error.
+bool library_is_faster(const ConvReluPoolParams& p) {
+  return p.dtype == DType::kFloat && p.pool == Pool::kNone &&
+         std::max(p.stride_h, p.stride_w) > 1 && p.groups == 1 && p.conv_h * p.conv_w <= 16 &&
+         p.in_channels >= 128 && p.batch >= 16 && !stores_codes(p);
+}
+
+Tensor library_forward(const ConvReluPoolParams& p, const Tensor& input, const Tensor& weight,
+                       const std::optional<Tensor>& bias) {
+  const IntList stride = {p.stride_h, p.stride_w}, padding = {p.pad_h, p.pad_w};
+  const IntList dilation = {p.dilation_h, p.dilation_w}, no_padding = {0, 0};
+  using torch::stable::detail::from;
+  std::array<StableIValue, 9> stack{from(as_dense(input, false)),
+                                    from(as_dense(weight, false)),
+                                    from(bias),
+                                    from(stride),
+                                    from(padding),
+                                    from(dilation),
+                                    from(false),
+                                    from(no_padding),
+                                    from(p.groups)};
+  PYOPS_SHIM_CHECK(torch_call_dispatcher("aten::convolution", "", stack.data(), TORCH_ABI_VERSION));
+  Tensor output = as_dense(torch::stable::detail::to<Tensor>(stack[0]), p.channels_last);
+  if (p.activation == Activation::kNone) return output;
+  const float slope =
+      p.activation == Activation::kLeakyRelu ? static_cast<float>(p.negative_slope) : 0.0f;
+  const int64_t image = p.out_channels * p.out_h * p.out_w;
+  float* data = static_cast<float*>(output.mutable_data_ptr());
+  parallel_for(p.batch, [&](int64_t b) {
+    float* y = data + b * image;
+    for (int64_t i = 0; i < image; ++i) {
+      const float below = slope == 0.0f ? 0.0f : y[i] * slope;  // not 0 * -infinity
+      y[i] = y[i] < 0.0f ? below : y[i];
+    }
+  });
+  return output;
 }
 
 std::tuple<Tensor, Tensor> forward(const Tensor& input, const Tensor& weight,
@@ -85,6 +125,9 @@ std::tuple<Tensor, Tensor> forward(const Tensor& input, const Tensor& weight,
   const bool codes_wanted = with_codes && stores_codes(p);
   STD_TORCH_CHECK(!codes_wanted || codes_fit(p), "pool_size: a window of ", p.pool_h, " x ",
                   p.pool_w, " is too large for backend cpu when gradients are needed");
+  if (library_is_faster(p)) {
+    return {library_forward(p, input, weight, bias), empty_vector(0, ScalarType::Byte)};
+  }
   const std::array<int64_t, 4> size = {p.batch, p.out_channels, p.out_h, p.out_w};
   Tensor output = empty_dense(size, p.channels_last, input.scalar_type());
   Tensor codes = codes_wanted ? empty_dense(size, p.channels_last, ScalarType::Byte)

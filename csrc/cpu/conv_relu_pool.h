@@ -30,6 +30,9 @@ struct ConvReluPoolParams : ConvPoolGeometry {
   //   avg: bit (y * pool_w + x) set where that element passes the gradient whole
   //   none: bit 0 likewise
   uint8_t* codes;
+  // If set, Winograd's kernel writes the convolution before bias, activation and pool here
+  // and nothing else: (batch, conv_h, conv_w, out_channels rounded up to whole vectors).
+  float* sums;
 };
 
 struct ConvReluPoolGradParams {
@@ -47,6 +50,8 @@ PYOPS_ISA_KERNEL(bool, conv_relu_pool_stem, (const ConvReluPoolParams&))      //
 PYOPS_ISA_KERNEL(bool, conv_relu_pool_winograd, (const ConvReluPoolParams&))  // many
 // The same for bfloat16 without codes, in integers:
 PYOPS_ISA_KERNEL(bool, conv_relu_pool_winograd_int16, (const ConvReluPoolParams&))
+// The same convolution under any other pool, in two passes over a few images at a time:
+PYOPS_ISA_KERNEL(bool, conv_relu_pool_winograd_any_pool, (const ConvReluPoolParams&))
 // Any geometry:
 PYOPS_ISA_KERNEL(bool, conv_relu_pool_depthwise, (const ConvReluPoolParams&))
 PYOPS_ISA_KERNEL(bool, conv_relu_pool_direct, (const ConvReluPoolParams&))

@@ -51,18 +51,17 @@ float direct_value(const ConvReluPoolParams& p, int64_t n, int64_t k, int64_t y,
   const int64_t channel = p.weight_channels_last ? 1 : 9;
   const int64_t plane = p.in_h * p.in_w, step = p.channels_last ? 1 : plane;
   const int64_t pixel = p.channels_last ? p.in_channels : 1;
-  float sum = 0;
+  double sum = 0;  // in which no part overflows
   for (int64_t c = 0; c < p.in_channels; ++c) {
     const T* const from = input + n * p.in_channels * plane + c * step;
-    float part = 0;
     for (int64_t i = 0; i < 9; ++i) {
       const int64_t iy = y - p.pad_h + i / 3, ix = x - p.pad_w + i % 3;
       if (iy < 0 || iy >= p.in_h || ix < 0 || ix >= p.in_w) continue;
-      part += to_float(weight[c * channel + i * tap]) * to_float(from[(iy * p.in_w + ix) * pixel]);
+      sum += static_cast<double>(to_float(weight[c * channel + i * tap])) *
+             to_float(from[(iy * p.in_w + ix) * pixel]);
     }
-    sum += part;
   }
-  return sum;
+  return static_cast<float>(sum);
 }
 // A convolution cut into tiles of kHeight x kWidth outputs, whole pooling windows each.
 template <int kHeight, int kWidth>
@@ -258,11 +257,24 @@ class WinogradBlocks {
     }
     Run runs[kMaxTiles * kHeight];
     const int num_runs = make_runs(block, runs);
+    if (p.sums != nullptr) return store_sums(runs, num_runs, values, k0);
     with_type(p.dtype,
               [&](auto t) { store_runs<decltype(t)>(p, runs, num_runs, values, codes, k0); });
   }
 
  private:
+  void store_sums(const Run* runs, int num_runs, const float* values, int64_t k0) const {
+    const int64_t channels = ceil_div(p.out_channels, kLanes) * kLanes;
+    const int64_t width = smaller(kBlockChannels, channels - k0);
+    for (const Run* run = runs; run < runs + num_runs; ++run) {
+      const float* from = values + run->at * static_cast<int64_t>(kBlockChannels);
+      float* to = p.sums + (run->image * p.out_h * p.out_w + run->pixel) * channels + k0;
+      for (int i = 0; i < run->length; ++i, from += kBlockChannels, to += channels) {
+        for (int64_t k = 0; k < width; k += kLanes) store(to + k, load(from + k));
+      }
+    }
+  }
+
   // Square blocks pack fewer halo pixels, but long rows come from memory several times faster.
   void choose_block(int64_t most_tiles, int64_t gemm_rows) {
     const int64_t total_rows = p.batch * tiles_h;

@@ -267,12 +267,14 @@ PYOPS_INLINE void update_cells(const CellBlock& c, bool wide, bool full) {
 
 // ---- a chain
 
-// out[row][block_floats] = a[row][words] * w[words][block_floats]
+// out[row][block_floats] = a[row][words] * w[words][block_floats]; `next` as in Product.
 template <bool kPairs>
 PYOPS_INLINE void multiply_block(const LstmPlan& plan, const char* a, int64_t row_bytes,
-                                 int64_t rows, int64_t words, const float* w, float* out) {
+                                 int64_t rows, int64_t words, const float* w, const float* next,
+                                 float* out) {
   const int64_t floats = plan.block_floats();
-  multiply<kPairs>({a, row_bytes, 4, words, w, floats, out, floats, false}, rows, plan.vectors);
+  multiply<kPairs>({a, row_bytes, 4, words, w, floats, out, floats, false, next}, rows,
+                   plan.vectors);
 }
 
 PYOPS_INLINE int64_t active_rows(const LstmPlan& plan, const LstmChain& chain, int64_t step) {
@@ -292,23 +294,46 @@ void copy_inputs(const LstmPlan& plan, const LstmChain& chain, int64_t step, int
   }
 }
 
+// Where the inputs of a chain's steps from `begin` on lie, if as evenly spaced rows of words, which
+// then need no copy; else null.
+template <bool kPairs, class T>
+PYOPS_INLINE const T* inputs_as_words(const LstmPlan& plan, const LstmChain& chain, int64_t begin,
+                                      int64_t* row_bytes) {
+  const int64_t layer = chain.index / plan.p.directions, in = plan.p.in_features(layer);
+  const LstmSequence& s = layer ? plan.hidden[layer - 1] : plan.p.input;
+  const bool words = sizeof(T) == 4 || (kPairs && in % 2 == 0);
+  const bool forwards = chain.index % plan.p.directions == 0;
+  const bool even = s.step_stride == s.row_stride * (chain.row_end - chain.row_begin);
+  if (!words || !forwards || !even || plan.p.batch_sizes) return nullptr;
+  *row_bytes = s.row_stride * static_cast<int64_t>(sizeof(T));
+  return static_cast<const T*>(s.data) + plan.p.offset(s, begin) + chain.row_begin * s.row_stride;
+}
+
 // Input products of the chain's blocks for the steps of a chunk.
 template <bool kPairs, class T>
 void project(const LstmPlan& plan, const LstmChain& chain, int64_t begin, int64_t end) {
-  const int64_t words = plan.input_words(chain.index), row_bytes = 4 * words;
-  int64_t rows = 0;
-  for (int64_t step = begin; step < end; ++step) {
-    const int64_t count = active_rows(plan, chain, step);
-    copy_inputs<kPairs, T>(plan, chain, step, count, chain.projected_in + rows * row_bytes,
-                           row_bytes);
-    rows += count;
+  const int64_t words = plan.input_words(chain.index);
+  const char* a = chain.projected_in;
+  int64_t row_bytes = 4 * words, rows = 0;
+  if (const T* lies = inputs_as_words<kPairs, T>(plan, chain, begin, &row_bytes)) {
+    a = reinterpret_cast<const char*>(lies);
+    rows = (end - begin) * (chain.row_end - chain.row_begin);
+  } else {
+    for (int64_t step = begin; step < end; ++step) {
+      const int64_t count = active_rows(plan, chain, step);
+      copy_inputs<kPairs, T>(plan, chain, step, count, chain.projected_in + rows * row_bytes,
+                             row_bytes);
+      rows += count;
+    }
   }
   const int64_t floats = plan.block_floats();
   for (int64_t block = chain.block_begin; block < chain.block_end; ++block) {
     const float* w = plan.layers[chain.index].packed +
                      (block * plan.block_words(chain.index) + plan.hidden_words()) * floats;
+    const float* next =
+        block + 1 < chain.block_end ? w + plan.block_words(chain.index) * floats : nullptr;
     multiply_block<kPairs>(
-        plan, chain.projected_in, row_bytes, rows, words, w,
+        plan, a, row_bytes, rows, words, w, next,
         chain.projected + (block - chain.block_begin) * plan.projected_rows(chain) * floats);
   }
 }
@@ -345,18 +370,25 @@ void run(const LstmPlan& plan, const LstmChain& chain, int64_t begin, int64_t en
       // There and back, so that a step starts with the weights that are still in the cache.
       const int64_t block = step % 2 ? chain.block_end - 1 - i : chain.block_begin + i;
       const int64_t first = block * plan.units;
-      const float* w = scratch.packed + block * plan.block_words(index) * floats;
+      const int64_t block_floats = plan.block_words(index) * floats;
+      const float* w = scratch.packed + block * block_floats;
+      const float* next_block = step % 2 ? w - block_floats : w + block_floats;
+      const float* wanted = plan.apart && i + 1 < blocks ? next_block : nullptr;
       for (int64_t row = 0; row < rows; row += kRowsAtOnce) {
         CellBlock c{};
         c.rows = min(kRowsAtOnce, rows - row);
         c.sums = sums;
-        multiply_block<kPairs>(plan, now + row * row_bytes, row_bytes, c.rows, words, w, sums);
         if (plan.apart) {
           c.projected =
               chain.projected +
               ((block - chain.block_begin) * plan.projected_rows(chain) + projected_row + row) *
                   floats;
+          for (int64_t at = 0; at < c.rows * floats; at += 16) {
+            __builtin_prefetch(c.projected + at, 0, 2);
+          }
         }
+        multiply_block<kPairs>(plan, now + row * row_bytes, row_bytes, c.rows, words, w, wanted,
+                               sums);
         c.bias = scratch.bias + block * floats;
         c.H = H;
         c.count = static_cast<int>(min(plan.units, H - first));

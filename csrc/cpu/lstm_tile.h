@@ -47,16 +47,21 @@ struct Product {
   float* out;
   int64_t out_stride;
   bool add;
+  // Weights that the next product reads, laid out like these, or null. They are asked for while
+  // this one runs: a third-level cache that others fill too answers too late for the first tile.
+  const float* next = nullptr;
 };
 
 template <bool kPairs, int V, int R>
 void tile(const Product& p) {
   constexpr int64_t kAhead = 8;  // words whose weights are prefetched
   constexpr int kPerLine = 16 / kLanes;
+  constexpr int kNext = V == 1 ? 1 : V / 2;  // so that two tiles ask for all of `next`
   Vec acc[R][V] = {};
   const int64_t row_bytes = p.row_bytes, row3 = 3 * row_bytes, w_stride = p.w_stride;
   const char* a = p.a;
   const float* w = p.w;
+  const float* next = p.next ? p.next : w;
   for (int64_t k = 0; k < p.words; ++k) {
     Vec wv[V];
 #pragma GCC unroll 4
@@ -65,6 +70,9 @@ void tile(const Product& p) {
       if (v % kPerLine == 0) __builtin_prefetch(w + kAhead * w_stride + v * kLanes);
     }
     w += w_stride;
+#pragma GCC unroll 2
+    for (int v = 0; v < kNext; v += kPerLine) __builtin_prefetch(next + v * kLanes, 0, 2);
+    next += kNext * kLanes;
     const char* at = a;
     a += p.word_bytes;
 #pragma GCC unroll 12
@@ -110,6 +118,7 @@ void multiply_rows(Product p, int64_t rows) {
   for (int64_t i = 0; i < tiles; ++i) {
     const int64_t count = (rows + tiles - i - 1) / (tiles - i);
     select_tile<kPairs, V>(count, Rows())(p);
+    if (p.next && i == 0) p.next += p.words * (p.w_stride / 2);
     p.a += count * p.row_bytes;
     p.out += count * p.out_stride;
     rows -= count;
@@ -134,6 +143,7 @@ void multiply(Product p, int64_t rows, int64_t vectors) {
     }
     p.a += p.words * p.word_bytes;
     p.w += p.words * p.w_stride;
+    if (p.next) p.next += p.words * p.w_stride;
   }
 }
 

@@ -6,6 +6,7 @@ pattern.py     a chain of calls that one op can stand in for: recognition, and t
 conv_pool.py   the chain conv → activation → pool
 activations.py what the chains have in common
 source.py      from a function to its verified syntax tree and back
+tree.py        questions about parts of a syntax tree
 resolve.py     what the names in a forward stand for
 chains.py      finds chains of calls in a syntax tree and rewrites each into one call
 sequential.py  the same for the contents of an nn.Sequential

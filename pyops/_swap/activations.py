@@ -1,5 +1,6 @@
 """Activations as steps of a chain: functions, tensor methods and modules, and what they ask of an op."""
 
+import numbers
 from typing import Any
 
 import torch
@@ -31,8 +32,11 @@ def _sigmoid() -> Settings | None:
 
 
 def _leaky_relu(negative_slope: float = 0.01, inplace: bool = False) -> Settings | None:
-    # Autograd refuses a negative slope in place, and the pooled maximum moves under one.
-    if negative_slope < 0:
+    # Autograd refuses a negative slope in place, and the pooled maximum moves under one. torch also takes
+    # bools and tensors, which the op does not.
+    if isinstance(negative_slope, bool) or not isinstance(negative_slope, numbers.Real):
+        return None
+    if not negative_slope >= 0:
         return None
     return {"activation": "leaky_relu", "negative_slope": negative_slope}
 

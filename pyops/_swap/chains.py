@@ -6,6 +6,7 @@ the call that replaces it, come from patterns (pattern.py).
 """
 
 import ast
+import inspect
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,6 +18,15 @@ from pyops._swap import source
 from pyops._swap.pattern import Pattern
 from pyops._swap.report import Run
 from pyops._swap.resolve import Resolver, is_method
+from pyops._swap.tree import (
+    assigned,
+    binds,
+    count_loads,
+    evaluated_first,
+    is_inert,
+    read_name,
+    reads,
+)
 
 _SEES_VARIABLES = {"locals", "vars", "dir", "eval", "exec"}
 _SCOPES = (
@@ -59,7 +69,7 @@ def rewrite(module: nn.Module, method: str, run: Run) -> tuple[FunctionType | No
     Raises:
         SourceUnavailable: the method cannot be rewritten.
     """
-    found = source.read(getattr(type(module), method))
+    found = source.read(inspect.getattr_static(type(module), method))
     resolver = Resolver(module, found.function, found.node)
     called = set(_called_methods(found.node, resolver, module))
     finder = _Finder(found.node, resolver, run.patterns)
@@ -88,7 +98,7 @@ class _Finder:
         self.resolver = resolver
         self.node = node
         self.blocked: dict[ast.Call, tuple[_Link, str]] = {}
-        self._loads = Counter(filter(None, map(_read_name, ast.walk(self.node))))
+        self._loads = Counter(filter(None, map(read_name, ast.walk(self.node))))
         self._shared = {
             name.id
             for scope in ast.walk(self.node)
@@ -142,7 +152,7 @@ class _Finder:
             return None
         # The rewritten call evaluates these before the first call of the chain runs.
         early = [callee, *args, *(keyword.value for keyword in node.keywords)]
-        if not all(map(_is_inert, early)):
+        if not all(map(is_inert, early)):
             return None
         keywords = tuple(keyword.arg or "" for keyword in node.keywords)
         if not all(pattern.continues(value, len(args), keywords) for value in values):
@@ -166,7 +176,7 @@ class _Finder:
     def _join(
         self, first: ast.stmt, second: ast.stmt, rest: list[ast.stmt], outermost: bool
     ) -> bool:
-        assignment = _assignment(first)
+        assignment = assigned(first)
         if assignment is None:
             return False
         name, value = assignment
@@ -196,9 +206,9 @@ class _Finder:
         while node is not None:
             if isinstance(node, ast.Call):
                 link = self._link(pattern, node)
-                if link is not None and _reads(link.inner, name):
+                if link is not None and reads(link.inner, name):
                     return node, link
-            node = _evaluated_first(node)
+            node = evaluated_first(node)
         return None
 
     def _other_use(
@@ -207,14 +217,14 @@ class _Finder:
         """Who reads the value of `name` apart from its one use in `second`; None if nobody does."""
         if name in self._shared:
             return f"`{name}` is shared with another scope"
-        if _count_loads(second, name) > 1:
+        if count_loads(second, name) > 1:
             return f"`{name}` is used again on line {second.lineno}"
-        if isinstance(second, ast.Return) or _binds(second, name):
+        if isinstance(second, ast.Return) or binds(second, name):
             return None
         for statement in rest:
-            if _count_loads(statement, name):
+            if count_loads(statement, name):
                 return f"`{name}` is used again on line {statement.lineno}"
-            if outermost and _binds(statement, name):
+            if outermost and binds(statement, name):
                 return None
         # A loop may come round again, and a break may lead past what follows.
         if not outermost and self._loads[name] > 1:
@@ -290,7 +300,7 @@ class _Rewriter(ast.NodeTransformer):
     def _consumer(self, node: ast.expr) -> tuple[ast.expr | None, list]:
         """The callee, and its values, that takes the result of `node` next."""
         parent = self._parents.get(node)
-        assignment = _assignment(parent)
+        assignment = assigned(parent)
         if parent is not None and assignment is not None:
             reads = self._next_read(parent, assignment[0])
             parent = None if reads is None else self._parents.get(reads)
@@ -306,7 +316,7 @@ class _Rewriter(ast.NodeTransformer):
             if isinstance(block, list) and statement in block:
                 for later in block[block.index(statement) + 1 :]:
                     for node in ast.walk(later):
-                        if _reads(node, name):
+                        if reads(node, name):
                             return node
         return None
 
@@ -344,60 +354,3 @@ def _dict(keywords: list[ast.keyword]) -> ast.Dict:
         None if keyword.arg is None else ast.Constant(keyword.arg) for keyword in keywords
     ]
     return ast.Dict(keys, [keyword.value for keyword in keywords])
-
-
-def _is_inert(node: ast.expr) -> bool:
-    """Whether evaluating `node` earlier cannot be noticed: names, attributes, constants."""
-    if isinstance(node, ast.Attribute | ast.Subscript):
-        return _is_inert(node.value) and _is_inert(getattr(node, "slice", ast.Constant(0)))
-    if isinstance(node, ast.Tuple | ast.List):
-        return all(map(_is_inert, node.elts))
-    if isinstance(node, ast.UnaryOp):
-        return _is_inert(node.operand)
-    return isinstance(node, ast.Name | ast.Constant)
-
-
-def _evaluated_first(node: ast.expr) -> ast.expr | None:
-    """The part of an expression that is evaluated before everything in it that has effects."""
-    if isinstance(node, ast.Call):
-        if not _is_inert(node.func):
-            return _evaluated_first(node.func)
-        return node.args[0] if node.args else None
-    if isinstance(node, ast.BinOp):
-        return node.left
-    if isinstance(node, ast.Attribute | ast.Subscript):
-        return node.value
-    return None
-
-
-def _assignment(statement: ast.AST | None) -> tuple[str, ast.expr] | None:
-    """The variable and the value of an assignment to just one variable; None for all else."""
-    if isinstance(statement, ast.Assign) and len(statement.targets) == 1:
-        target, value = statement.targets[0], statement.value
-    elif isinstance(statement, ast.AnnAssign) and statement.value is not None:
-        target, value = statement.target, statement.value
-    else:
-        return None
-    return (target.id, value) if isinstance(target, ast.Name) else None
-
-
-def _binds(statement: ast.AST, name: str) -> bool:
-    assignment = _assignment(statement)
-    return assignment is not None and assignment[0] == name
-
-
-def _read_name(node: ast.AST) -> str | None:
-    """The variable that this very node reads."""
-    if isinstance(node, ast.AugAssign):
-        node = node.target
-    elif not isinstance(getattr(node, "ctx", None), ast.Load):
-        return None
-    return node.id if isinstance(node, ast.Name) else None
-
-
-def _reads(node: ast.AST, name: str) -> bool:
-    return _read_name(node) == name
-
-
-def _count_loads(node: ast.AST, name: str) -> int:
-    return sum(_reads(child, name) for child in ast.walk(node))

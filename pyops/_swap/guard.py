@@ -6,11 +6,18 @@ import torch
 from torch import nn
 from torch.nn.modules import module as module_internals
 
+from pyops._swap.resolve import is_torchs_own
+
 _HOOKS = {
     "_forward_pre_hooks": "forward pre-hooks",
     "_forward_hooks": "forward hooks",
     "_backward_pre_hooks": "backward pre-hooks",
     "_backward_hooks": "backward hooks",
+}
+_FORWARDS = {
+    kind: kind.forward
+    for kind in vars(nn).values()
+    if isinstance(kind, type) and issubclass(kind, nn.Module) and is_torchs_own(kind.forward)
 }
 
 
@@ -19,6 +26,11 @@ def class_of(module: nn.Module) -> type:
     kind = type(module)
     bases = kind.__bases__
     return bases[-1] if bases[0].__name__ == "AttrProxy" else kind
+
+
+def runs_torchs_forward(kind: type) -> bool:
+    """Whether a class of torch.nn still has the forward it came with; some tools put in their own."""
+    return _FORWARDS.get(kind) is kind.forward  # type: ignore[attr-defined]  # a class of modules
 
 
 def has_global_hooks() -> bool:
@@ -38,6 +50,7 @@ def is_untouched(module: nn.Module) -> bool:
         or module._backward_pre_hooks
         or "forward" in module.__dict__
         or module._compiled_call_impl is not None
+        or not runs_torchs_forward(class_of(module))
     )
 
 
@@ -50,6 +63,8 @@ def obstacle(module: nn.Module) -> str | None:
         return "has a forward of its own"
     if module._compiled_call_impl is not None:
         return "is compiled by itself"
+    if not runs_torchs_forward(type(module)):
+        return "is of a class whose forward has been replaced"
     return None
 
 

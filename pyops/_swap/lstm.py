@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn.utils.rnn import PackedSequence
 
-from pyops._swap.guard import class_of, is_plain_tensor
+from pyops._swap.guard import class_of, is_plain_tensor, runs_torchs_forward
 from pyops._swap.report import Run
 from pyops.nn import lstm as modules
 from pyops.ops.lstm import lstm
@@ -21,6 +21,8 @@ def rewrite(module: nn.Module, run: Run) -> Callable | None:
     place = run.names[id(module)] or type(module).__name__
     if type(module) is not nn.LSTM:
         why = f"the LSTM is a {type(module).__name__}, not exactly nn.LSTM"
+    elif not runs_torchs_forward(nn.LSTM):
+        why = "nn.LSTM has a forward that is not torch's"
     elif module.proj_size:
         why = "no kernel has a projection (proj_size)"
     else:
@@ -40,7 +42,9 @@ def _takes(module: nn.LSTM, input: Any, hx: Any, weights: list[Any]) -> bool:
 
     Hooks need no look: they run around forward, whoever's it is.
     """
-    if class_of(module) is not nn.LSTM or module.proj_size or torch.jit.is_tracing():
+    if class_of(module) is not nn.LSTM or not runs_torchs_forward(nn.LSTM):
+        return False
+    if module.proj_size or torch.jit.is_tracing():
         return False
     data = input.data if isinstance(input, PackedSequence) else input
     tensors = [data, *weights]

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pyops._swap.guard import class_of, is_plain_tensor
+from pyops._swap.guard import class_of, is_plain_tensor, runs_torchs_forward
 from pyops._swap.report import Run
 from pyops.nn import attention
 
@@ -19,7 +19,7 @@ def rewrite(module: nn.Module, run: Run) -> Callable | None:
     """The forward that reaches the op, for a module of torch's that has one; reports on it."""
     if isinstance(module, nn.MultiheadAttention):
         return _rewrite_attention(module, run)
-    if type(module) is nn.TransformerEncoderLayer:
+    if type(module) is nn.TransformerEncoderLayer and runs_torchs_forward(type(module)):
         return _encoder_layer_forward  # its attention is reported on by itself
     return None
 
@@ -28,6 +28,8 @@ def _rewrite_attention(module: nn.MultiheadAttention, run: Run) -> Callable | No
     place = run.names[id(module)] or type(module).__name__
     if type(module) is not nn.MultiheadAttention:
         why = f"it is a {type(module).__name__}, not exactly nn.MultiheadAttention"
+    elif not runs_torchs_forward(nn.MultiheadAttention):
+        why = "nn.MultiheadAttention has a forward that is not torch's"
     elif module.bias_k is not None or module.add_zero_attn:
         why = "it adds keys and values of its own (add_bias_kv, add_zero_attn)"
     else:
@@ -53,6 +55,7 @@ def _attention_forward(backend: str | None) -> Callable:
         tensors = (query, key, value, *(p for p in self.parameters(recurse=False)))
         taken = (
             class_of(self) is nn.MultiheadAttention
+            and runs_torchs_forward(nn.MultiheadAttention)
             and not torch.jit.is_tracing()
             and all(map(is_plain_tensor, tensors))
             and attention.takes(

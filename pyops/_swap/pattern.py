@@ -71,9 +71,13 @@ class Pattern:
         """
         call = self._first_call(function, args, kwargs)
         done = 0 if call is None else self._absorb(call, steps)
-        if call is not None and self.worthwhile(call):
-            out = self.op(**call, backend=backend)
-        else:
+        fused = call is not None and self.worthwhile(call)
+        if call is not None and fused:
+            try:
+                out = self.op(**call, backend=backend)
+            except (TypeError, ValueError):  # torch takes it after all, or has an error of its own
+                fused = False
+        if not fused:
             done = 0
             out = function(*args, **kwargs)
         for callee, further, named in steps[done:]:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
-import tempfile
 from pathlib import Path
 from typing import Any
+
+from pyops.files import replacing
 
 Row = dict[str, Any]
 
@@ -23,15 +23,8 @@ class ResultsError(ValueError):
 def write_atomically(path: Path, text: str) -> None:
     """Replaces `path` by a file holding `text`, or, when interrupted, leaves it as it was."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w") as file:
-            file.write(text)
-        os.chmod(temporary, 0o644)  # mkstemp's 0600 would keep others from reading it
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    with replacing(path) as file:
+        file.write(text.encode())
 
 
 class ResultsFile:

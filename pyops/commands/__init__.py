@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import argparse
 import sys
+from pathlib import Path
 
 import torch
+
+from pyops import files
 
 
 class CommandError(Exception):
@@ -27,6 +30,25 @@ def positive_float(text: str) -> float:
     if not 0 < value < float("inf"):
         raise argparse.ArgumentTypeError(f"expected a positive number, got {text!r}")
     return value
+
+
+def seed(text: str) -> int:
+    """An argparse type: what torch.Generator takes."""
+    value = int(text) if text.removeprefix("-").isdecimal() else 2**64
+    if not -(2**63) <= value < 2**64:
+        raise argparse.ArgumentTypeError(
+            f"expected an integer of at least -2**63 and below 2**64, got {text!r}"
+        )
+    return value
+
+
+def check_writable(option: str, folder: Path) -> None:
+    """Refuse an `option` whose folder cannot be written to, before the work whose results go there."""
+    try:
+        files.check_writable(folder)
+    except OSError as error:
+        reason = error.strerror or error
+        raise CommandError(f"{option}: cannot write to {folder}: {reason}") from None
 
 
 def device(text: str) -> torch.device:

@@ -11,7 +11,7 @@ import torch
 from pyops import backends
 from pyops.bench import PROBLEM_OPS, conv_relu_pool, models, problem, problem_module, shapes
 from pyops.bench.report import ResultsFile, Row, geometric_mean, milliseconds, table
-from pyops.commands import CommandError, device, dtype, positive_float, positive_int
+from pyops.commands import CommandError, check_writable, device, dtype, positive_float, positive_int
 
 HELP = "measure speed and memory against plain torch, eager and compiled"
 DESCRIPTION = f"""\
@@ -83,6 +83,8 @@ def run(args: argparse.Namespace) -> int:
             raise CommandError(f"--backend: expected one of {names}, got {backend!r}")
     dtypes = args.dtype or ([torch.bfloat16, torch.float32] if on_cuda else [torch.float32])
     layouts = args.layout or (["channels_last", "nchw"] if on_cuda else ["nchw"])
+    if args.out:
+        check_writable("--out", args.out)
     results = ResultsFile(args.out / f"{args.what}.json") if args.out else None
     rows = []
     for row in _rows(args, dtypes, layouts):

@@ -14,7 +14,7 @@ import torch
 from pyops.bench import harness, models
 from pyops.bench.agreement import Verdict, judge
 from pyops.bench.report import finite, table, write_atomically
-from pyops.commands import CommandError, Progress, demo_families, positive_int
+from pyops.commands import CommandError, Progress, check_writable, demo_families, positive_int, seed
 from pyops.commands.demo_plot import plot
 from pyops.data import Dataset
 from pyops.testing import GRADIENT_BUDGET, OUTPUT_BUDGET
@@ -44,7 +44,7 @@ PLAIN, FAST = "reference", "fast"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, default=Path("demo"), help="folder (default: demo)")
     parser.add_argument("--epochs", type=positive_int, default=16, help="default: %(default)s")
-    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    parser.add_argument("--seed", type=seed, default=0, help="default: %(default)s")
     parser.add_argument(
         "--families", nargs="*", choices=demo_families.FAMILIES,
         default=list(demo_families.FAMILIES), help="trained beside the CNN",
@@ -58,6 +58,7 @@ def run(args: argparse.Namespace) -> int:
     start = time.perf_counter()
     if args.out.exists() and not args.out.is_dir():
         raise CommandError(f"--out: {args.out} is not a folder")
+    check_writable("--out", args.out)
     settings = cnn.Settings(seed=args.seed)
     data = cnn.dataset(settings)
     print(

@@ -9,7 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from pyops import training
-from pyops.commands import CommandError, Progress, device, positive_float, positive_int
+from pyops.commands import (
+    CommandError,
+    Progress,
+    check_writable,
+    device,
+    positive_float,
+    positive_int,
+    seed,
+)
 from pyops.training.trainer import Trainer
 
 HELP = "train a model on real data, with fast or plain ops"
@@ -31,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="this package's ops, plain torch, or both side by side (default: fast)",
     )
     parser.add_argument("--epochs", type=positive_int, help="epochs in all")
-    parser.add_argument("--seed", type=int, help="of weights and order of the data (default: 0)")
+    parser.add_argument("--seed", type=seed, help="of weights and order of the data (default: 0)")
     parser.add_argument("--batch-size", type=positive_int, help="examples a step")
     parser.add_argument("--learning-rate", type=positive_float)
     parser.add_argument("--device", type=device, default="cpu", help="cpu or cuda")
@@ -56,10 +64,15 @@ def run(args: argparse.Namespace) -> int:
         )
     if target and not target.resolve().parent.is_dir():
         raise CommandError(f"{target}: its folder does not exist")
+    if target:
+        check_writable("--checkpoint" if args.checkpoint else "--resume", target.resolve().parent)
     if target and args.ops == "both":
         raise CommandError("--ops both: a checkpoint holds one run; train them one by one")
     if args.out and args.out.exists() and not args.out.is_dir():
         raise CommandError(f"--out: {args.out} is not a folder")
+    folder = args.out or Path(f"train-{args.model}")
+    if args.out or args.model == "gan":
+        check_writable("--out", folder)
     if args.preset is not None and args.preset not in task.PRESETS:
         raise CommandError(
             f"--preset: expected one of {', '.join(task.PRESETS)}, got {args.preset!r}"
@@ -68,7 +81,12 @@ def run(args: argparse.Namespace) -> int:
     settings = _settings(args, task, checkpoint)
     ops = args.ops or (checkpoint["ops"] if checkpoint else "fast")
     names = ("reference", "fast") if ops == "both" else (ops,)
-    trainers = {name: task.Trainer(settings, name, args.device) for name in names}
+    try:
+        trainers = {name: task.Trainer(settings, name, args.device) for name in names}
+    except ValueError as error:  # of settings that are each in range, but not together
+        if checkpoint is None:
+            raise
+        raise training.CheckpointError(f"{args.resume}: damaged: {error}") from None
     first = trainers[names[0]]
     print(
         f"{settings.model}, preset {settings.preset}, {' and '.join(names)} ops, "
@@ -85,7 +103,6 @@ def run(args: argparse.Namespace) -> int:
         if target:
             first.save(target)
         if first.epoch % args.picture_every == 0 or first.epoch == epochs:
-            folder = args.out or Path(f"train-{args.model}")
             files = [f for trainer in trainers.values() for f in trainer.write_pictures(folder)]
             if files:
                 print(f"wrote {', '.join(map(str, files))}")
@@ -102,9 +119,11 @@ def _train_epoch(trainer: Trainer, epochs: int, who: str) -> None:
     label = f"epoch {trainer.epoch + 1}/{epochs}{who}"
     progress = Progress(label, trainer.steps_per_epoch)
     start = time.perf_counter()
-    losses = trainer.train_epoch(progress.loss)
+    try:
+        losses = trainer.train_epoch(progress.loss)
+    finally:
+        progress.close()
     seconds = time.perf_counter() - start
-    progress.close()
     loss = sum(losses) / len(losses)
     print(f"{label}: loss {loss:.4f}, {_figures(trainer)}, {seconds:.2f} s", flush=True)
 
@@ -129,6 +148,8 @@ def _settings(args: argparse.Namespace, task: Any, checkpoint: dict[str, Any] | 
                 f"{args.resume}: was written with {name.replace('_', '-')} {theirs}, not {value}"
             )
     try:
-        return task.Settings(**checkpoint["settings"])
-    except TypeError as error:
+        settings = task.Settings(**checkpoint["settings"])
+        training.check_settings(settings, task.PRESETS)
+        return settings
+    except (TypeError, ValueError) as error:
         raise training.CheckpointError(f"{args.resume}: damaged: settings: {error}") from None

@@ -9,6 +9,14 @@ def check_count(name: str, value: int) -> None:
         raise ValueError(f"{name}: expected a positive integer, got {value!r}")
 
 
+def check_size(name: str, value: object) -> tuple[int, int]:
+    """A positive integer or a pair of them, height and width, as a pair; ValueError for all else."""
+    pair = value if isinstance(value, (tuple, list)) else (value, value)
+    if len(pair) != 2 or any(not isinstance(v, int) or isinstance(v, bool) or v < 1 for v in pair):
+        raise ValueError(f"{name}: expected a positive integer or a pair of them, got {value!r}")
+    return pair[0], pair[1]
+
+
 def check_images(input: torch.Tensor, in_channels: int, smallest: int = 1) -> None:
     """Raise ValueError unless `input` is (batch, in_channels, height, width) and large enough.
 

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from pyops.models.alexnet import AlexNet
-from pyops.models.checks import check_count, check_images
+from pyops.models.checks import check_count, check_images, check_size
 from pyops.models.resnet import BasicBlock, Bottleneck, ResNet, resnet18, resnet50
 from pyops.models.vgg import VGG, vgg11, vgg16
 
@@ -62,7 +62,7 @@ class SmallCNN(nn.Module):
         pool_last: bool = True,
     ):
         super().__init__()
-        if len(channels) not in (2, 3):
+        if not isinstance(channels, (tuple, list)) or len(channels) not in (2, 3):
             raise ValueError(f"channels: expected two or three numbers, got {channels!r}")
         if pool not in ("max", "avg"):
             raise ValueError(f'pool: expected "max" or "avg", got {pool!r}')
@@ -73,11 +73,9 @@ class SmallCNN(nn.Module):
             ("num_classes", num_classes),
         ):
             check_count(name, value)
-        if not isinstance(padding, int) or padding < 0:
+        if not isinstance(padding, int) or isinstance(padding, bool) or padding < 0:
             raise ValueError(f"padding: expected a non-negative integer, got {padding!r}")
-        height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
-        check_count("image_size", height)
-        check_count("image_size", width)
+        height, width = check_size("image_size", image_size)
         self.in_channels = in_channels
         self.image_size = (height, width)
 
@@ -155,6 +153,6 @@ def small_cnn(preset: str, **options: Any) -> SmallCNN:
         ValueError: unknown preset, or what `SmallCNN` raises.
     """
     presets = {"cifar": SmallCNN.cifar, "mnist": SmallCNN.mnist, "deep": SmallCNN.deep}
-    if preset not in presets:
+    if not isinstance(preset, str) or preset not in presets:
         raise ValueError(f"preset: expected one of {sorted(presets)}, got {preset!r}")
     return presets[preset](**options)

@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from ..ops.conv_relu_pool import conv_relu_pool2d
+from ..ops import _arguments as arguments
+from ..ops.conv_relu_pool import check_options, conv_relu_pool2d
 
 
 class ConvReLUPool2d(torch.nn.Conv2d):
@@ -29,6 +31,7 @@ class ConvReLUPool2d(torch.nn.Conv2d):
         dilation: int | tuple[int, int] = 1,
         groups: int = 1,
         bias: bool = True,
+        padding_mode: str = "zeros",
         *,
         activation: str | None = "relu",
         negative_slope: float = 0.01,
@@ -43,6 +46,7 @@ class ConvReLUPool2d(torch.nn.Conv2d):
     ) -> None:
         super().__init__(
             *(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias),
+            padding_mode=padding_mode,  # type: ignore[arg-type]  # torch checks it
             device=device,
             dtype=dtype,
         )
@@ -54,14 +58,22 @@ class ConvReLUPool2d(torch.nn.Conv2d):
         self.pool_padding = pool_padding
         self.ceil_mode = ceil_mode
         self.backend = backend
+        arguments.backend(backend)
+        geometry = (self.stride, self.padding, self.dilation, self.groups)
+        pooling = (pool, pool_size, pool_stride, pool_padding, ceil_mode)
+        check_options(in_channels, self.weight, (*geometry, activation, negative_slope, *pooling))
 
     def forward(self, input: Tensor) -> Tensor:
+        padding: Any = self.padding
+        if self.padding_mode != "zeros":  # as torch.nn.Conv2d: written out around the input
+            input = F.pad(input, self._reversed_padding_repeated_twice, self.padding_mode)
+            padding = 0
         return conv_relu_pool2d(
             input,
             self.weight,
             self.bias,
             stride=self.stride,  # type: ignore[arg-type]  # pairs, whatever torch's stubs say
-            padding=self.padding,  # type: ignore[arg-type]
+            padding=padding,
             dilation=self.dilation,  # type: ignore[arg-type]
             groups=self.groups,
             activation=self.activation,
@@ -75,5 +87,13 @@ class ConvReLUPool2d(torch.nn.Conv2d):
         )
 
     def extra_repr(self) -> str:
-        window = "" if self.pool is None else f", pool_size={self.pool_size}"
-        return f"{super().extra_repr()}, activation={self.activation}, pool={self.pool}{window}"
+        text = f"{super().extra_repr()}, activation={self.activation}"
+        if self.negative_slope != 0.01:
+            text += f", negative_slope={self.negative_slope}"
+        text += f", pool={self.pool}"
+        if self.pool is not None:
+            text += f", pool_size={self.pool_size}"
+        for name, default in (("pool_stride", None), ("pool_padding", 0), ("ceil_mode", False)):
+            if getattr(self, name) != default:
+                text += f", {name}={getattr(self, name)}"
+        return text if self.backend is None else f"{text}, backend={self.backend}"

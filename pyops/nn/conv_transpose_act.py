@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..ops.conv_transpose_act import conv_transpose2d_act
+from ..ops import _arguments as arguments
+from ..ops.conv_transpose_act import check_options, conv_transpose2d_act
 
 
 class ConvTranspose2dAct(torch.nn.ConvTranspose2d):
@@ -30,6 +31,7 @@ class ConvTranspose2dAct(torch.nn.ConvTranspose2d):
         groups: int = 1,
         bias: bool = True,
         dilation: int | tuple[int, int] = 1,
+        padding_mode: str = "zeros",
         *,
         activation: str | None = "relu",
         negative_slope: float = 0.01,
@@ -40,12 +42,16 @@ class ConvTranspose2dAct(torch.nn.ConvTranspose2d):
         super().__init__(
             *(in_channels, out_channels, kernel_size, stride, padding, output_padding),
             *(groups, bias, dilation),
+            padding_mode=padding_mode,  # type: ignore[arg-type]  # torch refuses all but "zeros"
             device=device,
             dtype=dtype,
         )
         self.activation = activation
         self.negative_slope = negative_slope
         self.backend = backend
+        arguments.backend(backend)
+        geometry = (self.stride, self.padding, self.output_padding, self.dilation, self.groups)
+        check_options(in_channels, self.weight, (*geometry, activation, negative_slope))
 
     def forward(
         self,
@@ -56,6 +62,8 @@ class ConvTranspose2dAct(torch.nn.ConvTranspose2d):
         shift: Tensor | None = None,
     ) -> Tensor:
         """``scale`` and ``shift``, (K,) or None, are those of the op: a folded batch normalisation."""
+        if self.padding_mode != "zeros":
+            raise ValueError(f"padding_mode: expected 'zeros', got {self.padding_mode!r}")
         output_padding: Any = self.output_padding
         if output_size is not None:
             output_padding = tuple(
@@ -81,4 +89,7 @@ class ConvTranspose2dAct(torch.nn.ConvTranspose2d):
         )
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, activation={self.activation}"
+        text = f"{super().extra_repr()}, activation={self.activation}"
+        if self.negative_slope != 0.01:
+            text += f", negative_slope={self.negative_slope}"
+        return text if self.backend is None else f"{text}, backend={self.backend}"

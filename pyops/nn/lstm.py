@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
+from ..ops import _arguments as arguments
+from ..ops import lstm_checks as checks
 from ..ops.lstm import States, lstm
 
 _NORMS = ("weight_ln_ih", "weight_ln_hh", "weight_ln_c", "bias_ln_c")
@@ -17,6 +19,27 @@ _NORMS = ("weight_ln_ih", "weight_ln_hh", "weight_ln_c", "bias_ln_c")
 def _initial(name: str) -> float:
     """Gains start at one, offsets at zero."""
     return float(name.startswith("weight"))
+
+
+def _add_norms(
+    module: torch.nn.Module, hidden_size: int, suffix: str, device: Any, dtype: torch.dtype | None
+) -> None:
+    for norm in _NORMS:
+        size = hidden_size if norm.endswith("_c") else 4 * hidden_size
+        value = torch.full((size,), _initial(norm), device=device, dtype=dtype)
+        module.register_parameter(f"{norm}{suffix}", torch.nn.Parameter(value))
+
+
+def _reset_norms(module: torch.nn.Module) -> None:
+    for name, parameter in module.named_parameters():
+        if name.startswith(_NORMS):
+            torch.nn.init.constant_(parameter, _initial(name))
+
+
+def _options(module: Any) -> str:
+    """What torch's repr does not show."""
+    norm = ", layer_norm=True" if module.layer_norm else ""
+    return norm + (f", zoneout={module.zoneout}" if module.zoneout else "")
 
 
 def run(
@@ -67,6 +90,10 @@ class LSTM(torch.nn.RNNBase):
         zoneout: float | tuple[float, float] = 0.0,
         backend: str | None = None,
     ) -> None:
+        arguments.backend(backend)
+        checks.options(
+            *(num_layers, bidirectional, batch_first, dropout, True, layer_norm, zoneout)
+        )
         self.layer_norm = layer_norm
         self.zoneout = zoneout
         self.backend = backend
@@ -77,17 +104,11 @@ class LSTM(torch.nn.RNNBase):
         )
         if layer_norm:
             for names in self._all_weights:
-                suffix = names[0].removeprefix("weight_ih")
-                for norm in _NORMS:
-                    size = hidden_size if norm.endswith("_c") else 4 * hidden_size
-                    value = torch.full((size,), _initial(norm), device=device, dtype=dtype)
-                    self.register_parameter(f"{norm}{suffix}", torch.nn.Parameter(value))
+                _add_norms(self, hidden_size, names[0].removeprefix("weight_ih"), device, dtype)
 
     def reset_parameters(self) -> None:
         super().reset_parameters()
-        for name, parameter in self.named_parameters():
-            if name.startswith(_NORMS):
-                torch.nn.init.constant_(parameter, _initial(name))
+        _reset_norms(self)
 
     def weights(self) -> list[Tensor]:
         """The parameters in the order in which :func:`pyops.lstm` takes them."""
@@ -121,15 +142,15 @@ class LSTM(torch.nn.RNNBase):
         )
 
     def extra_repr(self) -> str:
-        norm = ", layer_norm=True" if self.layer_norm else ""
-        zoneout = f", zoneout={self.zoneout}" if self.zoneout else ""
-        return f"{super().extra_repr()}{norm}{zoneout}"
+        return f"{super().extra_repr()}{_options(self)}"
 
 
 class LSTMCell(torch.nn.LSTMCell):
     """:class:`torch.nn.LSTMCell`, one step of :func:`pyops.lstm`.
 
     Args:
+        layer_norm: normalise the sums of the gates and the cell. Adds ``weight_ln_ih`` and ``weight_ln_hh``
+            (4 * hidden_size,), ``weight_ln_c`` and ``bias_ln_c`` (hidden_size,).
         zoneout: probability that a unit of (h, c) keeps its value, or one for each.
         backend: as for :func:`pyops.lstm`; the other arguments are torch's.
 
@@ -144,12 +165,22 @@ class LSTMCell(torch.nn.LSTMCell):
         device: Any = None,
         dtype: torch.dtype | None = None,
         *,
+        layer_norm: bool = False,
         zoneout: float | tuple[float, float] = 0.0,
         backend: str | None = None,
     ) -> None:
+        arguments.backend(backend)
+        checks.options(1, False, False, 0.0, True, layer_norm, zoneout)
         super().__init__(input_size, hidden_size, bias, device=device, dtype=dtype)
+        self.layer_norm = layer_norm
         self.zoneout = zoneout
         self.backend = backend
+        if layer_norm:
+            _add_norms(self, hidden_size, "", device, dtype)
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        _reset_norms(self)
 
     def forward(self, input: Tensor, hx: States | None = None) -> States:
         if input.dim() not in (1, 2):
@@ -160,13 +191,19 @@ class LSTMCell(torch.nn.LSTMCell):
         weights = [self.weight_ih, self.weight_hh]
         if self.bias:
             weights += [self.bias_ih, self.bias_hh]
+        if self.layer_norm:
+            weights += [getattr(self, norm) for norm in _NORMS]
         states = None if hx is None else (hx[0].unsqueeze(0), hx[1].unsqueeze(0))
         _, (h, c) = lstm(
             input.unsqueeze(0),
             states,
             weights,
             training=self.training,
+            layer_norm=self.layer_norm,
             zoneout=self.zoneout,
             backend=self.backend,
         )
         return h.squeeze(0), c.squeeze(0)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}{_options(self)}"

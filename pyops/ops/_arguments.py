@@ -2,28 +2,65 @@
 
 from __future__ import annotations
 
+import math
+import numbers
+import operator
 from typing import Any
 
 import torch
 
+from .. import backends
+
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def integer(name: str, value: Any) -> Any:
+    """An int, or what stands for one, such as NumPy's integers; no bool and no tensor, whose value may change."""
+    if isinstance(value, torch.SymInt) or type(value) is int:
+        return value
+    try:
+        if isinstance(value, (bool, torch.Tensor)):
+            raise TypeError
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name}: expected an int, got {value!r}") from None
 
 
 def pair(name: str, value: Any, least: int) -> tuple[int, int]:
     """An int or a pair of ints, each at least `least`, as a pair."""
-    both = (value, value) if isinstance(value, (int, torch.SymInt)) else value
-    is_pair = (
-        isinstance(both, (tuple, list))
-        and len(both) == 2
-        and all(isinstance(v, int) and not isinstance(v, bool) for v in both)
-    )
-    if isinstance(both, (tuple, list)) and len(both) == 1 and isinstance(both[0], int):
-        both, is_pair = (both[0], both[0]), True
-    if not is_pair or isinstance(value, bool):
-        raise TypeError(f"{name}: expected an int or a pair of ints, got {value!r}")
-    if min(both) < least or max(both) >= 2**31:
+    both = tuple(value) if isinstance(value, (tuple, list)) else (value,)
+    try:
+        first, last = integer(name, both[0]), integer(name, both[-1])
+        if len(both) > 2:
+            raise TypeError
+    except (IndexError, TypeError):
+        raise TypeError(f"{name}: expected an int or a pair of ints, got {value!r}") from None
+    if min(first, last) < least or max(first, last) >= 2**31:
         raise ValueError(f"{name}: expected at least {least} and below 2**31, got {value!r}")
-    return (both[0], both[1])
+    return first, last
+
+
+def number(name: str, value: Any) -> float:
+    """A real number, NumPy's as well; no bool."""
+    if isinstance(value, bool) or not isinstance(
+        value, (int, float, torch.SymInt, torch.SymFloat, numbers.Real)
+    ):
+        raise TypeError(f"{name}: expected a number, got {value!r}")
+    try:
+        return float(value)
+    except OverflowError:
+        raise ValueError(
+            f"{name}: expected a number that a float can hold, got {value!r}"
+        ) from None
+
+
+def slope(name: str, value: Any, dtype: torch.dtype) -> float:
+    """A factor for tensors of `dtype`, which kernels hold in float32 unless that is float64."""
+    found = number(name, value)
+    largest = torch.finfo(torch.float32).max
+    if dtype != torch.float64 and largest < abs(found) < math.inf:
+        raise ValueError(f"{name}: expected at most {largest} in size for {dtype}, got {value!r}")
+    return found
 
 
 def one_of(name: str, value: Any, choices: tuple[Any, ...]) -> Any:
@@ -32,9 +69,17 @@ def one_of(name: str, value: Any, choices: tuple[Any, ...]) -> Any:
     return value
 
 
+def backend(value: Any) -> None:
+    """None or the name of a backend, there or not."""
+    if value is not None:
+        one_of("backend", value, backends.NAMES)
+
+
 def floating_tensor(name: str, value: Any) -> None:
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
+    if value.is_nested:
+        raise TypeError(f"{name}: expected a strided (dense) tensor, got a nested one")
     if value.dtype not in FLOATING:
         raise TypeError(
             f"{name}: expected dtype float32, bfloat16, float16 or float64, got {value.dtype}"

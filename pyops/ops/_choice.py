@@ -9,6 +9,7 @@ import torch
 
 from .. import backends
 from . import _arguments as arguments
+from ._registration import needs_plain_torch
 
 
 def choose(
@@ -34,6 +35,20 @@ def choose(
         if name != "reference" and not passed_over(name) and refusal(name) is None:
             return name
     return None
+
+
+def settle(use: str, backend: str | None) -> str:
+    """`use`, but the reference inside a transform of torch.func whose derivatives only plain torch has.
+
+    RuntimeError: `backend` was asked for and has none.
+    """
+    if use == "reference" or not needs_plain_torch():
+        return use
+    if backend is not None:
+        raise RuntimeError(
+            f"backend: {backend} has no forward-mode or torch.func derivatives; use backend=None"
+        )
+    return "reference"
 
 
 class Plans(dict[Any, Any]):

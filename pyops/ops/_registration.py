@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -106,6 +106,8 @@ def samples(value: Any, dims: Any, size: int) -> list[Any]:
 def each_sample(op: Any, size: int, in_dims: tuple[Any, ...], args: tuple[Any, ...]) -> Any:
     """vmap by one call a sample: the results stacked along dimension 0, a tensor or a tuple as the op's."""
     columns = [samples(a, d, size) for a, d in zip(args, in_dims, strict=True)]
+    if size == 0:
+        raise RuntimeError(f"vmap: {op} maps nothing but inputs over a dimension of size 0")
     calls = [op(*own) for own in zip(*columns, strict=True)]
     if isinstance(calls[0], torch.Tensor):
         return torch.stack(calls)
@@ -115,6 +117,32 @@ def each_sample(op: Any, size: int, in_dims: tuple[Any, ...], args: tuple[Any, .
         else torch.stack(column)
         for column in zip(*calls, strict=True)
     )
+
+
+def forward_of(backward_op: Any) -> Any:
+    """`pyops::<op>` of `pyops::<op>_backward`."""
+    name = backward_op._schema.name.removeprefix("pyops::").removesuffix("_backward")
+    return getattr(torch.ops.pyops, name).default
+
+
+def gradients_wanted(ctx: Any, given: Sequence[bool]) -> list[bool]:
+    """For a Function's first arguments, of which `given` are tensors: is this backward pass after their gradients?
+
+    `ctx.needs_input_grad` is also true of what requires gradients but was not asked for, as the weights are
+    not where torch.autograd.grad takes a penalty's gradient of the images alone.
+    """
+    nodes = iter(ctx.next_functions)  # one for each tensor
+    pairs = zip(given, ctx.needs_input_grad, strict=False)
+    return [is_given and _executes(next(nodes)[0]) and needs for is_given, needs in pairs]
+
+
+def _executes(node: Any) -> bool:
+    if node is None:
+        return False
+    try:
+        return bool(torch._C._will_engine_execute_node(node))
+    except RuntimeError:  # how it says that torch.autograd.grad was asked for this leaf
+        return True
 
 
 def autocasting(device: torch.device) -> bool:
@@ -139,3 +167,13 @@ def needs_plain_torch() -> bool:
         return True
     stack = get_interpreter_stack()
     return stack is not None and any(i.key() != TransformType.Vmap for i in stack)
+
+
+# torch.compile asks it as it traces, within the transforms that it traces, and keeps the answer;
+# what torch._dynamo.assume_constant_result does, without importing torch._dynamo.
+needs_plain_torch._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def needs_registered_op() -> bool:
+    """Under vmap and torch.jit.trace a call must be one op that they know, not a function in Python."""
+    return get_interpreter_stack() is not None or torch._C._is_tracing()

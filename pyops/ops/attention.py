@@ -11,14 +11,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._C._functorch import get_interpreter_stack
 
 from ..reference import attention as reference
 from ..reference.attention import AttentionSpec
 from . import _arguments as arguments
 from . import _registration as registration
 from . import attention_checks as checks
-from ._choice import Plans
+from ._choice import Plans, settle
 from .attention_rules import EagerFunction
 
 _OP = "attention"
@@ -113,7 +112,7 @@ def _attention(
 ) -> tuple[Tensor, Tensor]:
     try:
         facts = checks.facts(tensors, 3)
-    except AttributeError:  # not all of them are tensors
+    except (AttributeError, RuntimeError):  # not all of them are tensors, or one is nested
         _check_tensors(*tensors)
         raise
     query, key, value, bias, alibi_slopes, sinks = tensors
@@ -147,18 +146,13 @@ def _attention(
     if bias is not None and bias.dim() < 4:
         bias = bias[(None,) * (4 - bias.dim())]
     alibi_slopes, sinks = checks.per_head(alibi_slopes), checks.per_head(sinks)
-    if not compiling and use != "reference" and registration.needs_plain_torch():
-        if backend is not None:
-            raise RuntimeError(
-                f"backend: {backend} has no forward-mode or torch.func derivatives; use backend=None"
-            )
-        use = "reference"
+    use = settle(use, backend)
     if use == "reference":
         return reference.attention(query, key, value, bias, alibi_slopes, sinks, rng_state, spec)
     query, key, value = checks.unit_last(query), checks.unit_last(key), checks.unit_last(value)
     inputs = (query, key, value, bias, alibi_slopes, sinks, rng_state)
     op = checks.operator(_OP, use)
-    if compiling or get_interpreter_stack() is not None:
+    if compiling or registration.needs_registered_op():
         return op(*inputs, *spec)
     if needs_grad:
         return EagerFunction.apply(op, spec, *inputs)

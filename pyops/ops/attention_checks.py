@@ -122,12 +122,6 @@ def is_true_or_false(name: str, value: Any) -> None:
         raise TypeError(f"{name}: expected a bool, got {value!r}")
 
 
-def number(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):
-        raise TypeError(f"{name}: expected a number, got {value!r}")
-    return float(value)
-
-
 def make_spec(
     head_dim: int,
     causal: Any,
@@ -139,13 +133,13 @@ def make_spec(
 ) -> AttentionSpec:
     """The options, checked and normalised."""
     is_true_or_false("causal", causal)
-    scale = head_dim**-0.5 if scale is None else number("scale", scale)
+    scale = head_dim**-0.5 if scale is None else arguments.number("scale", scale)
     if not -math.inf < scale < math.inf:
         raise ValueError(f"scale: expected a finite number, got {scale!r}")
-    softcap = number("softcap", softcap)
+    softcap = arguments.number("softcap", softcap)
     if not 0 <= softcap < math.inf:
         raise ValueError(f"softcap: expected 0 (none) or a positive number, got {softcap!r}")
-    dropout_p = number("dropout_p", dropout_p)
+    dropout_p = arguments.number("dropout_p", dropout_p)
     if not 0 <= dropout_p < 1:
         raise ValueError(f"dropout_p: expected a probability in [0, 1), got {dropout_p!r}")
     left, right = _window(window)

@@ -86,7 +86,7 @@ def attention_decode(
     options = (rotary_interleaved, causal, scale, window, softcap, num_splits, return_lse)
     try:
         facts = checks.facts(tensors, 3)
-    except AttributeError:  # not all of them are tensors
+    except (AttributeError, RuntimeError):  # not all of them are tensors, or one is nested
         _check_tensors(*tensors)
         raise
     if registration.autocasting(query.device):

@@ -232,7 +232,9 @@ def _vmap_of(op: Any, names: tuple[str, ...]) -> Any:
         batch = query.shape[0 if dim is None else int(dim == 0)]
         folded = (_fold(n, t, dims[n], info.batch_size, batch) for n, t in given.items())
         results = tuple(
-            r.expand(info.batch_size, 0) if r.dim() == 1 else r.unflatten(0, (info.batch_size, -1))
+            r.expand(info.batch_size, 0)
+            if r.dim() == 1
+            else r.unflatten(0, (info.batch_size, batch))
             for r in op(*folded, *rest)
         )
         return results, (0,) * len(results)

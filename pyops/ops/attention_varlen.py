@@ -6,13 +6,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._C._functorch import get_interpreter_stack
 
 from ..reference import attention_varlen as reference
 from ..reference.attention import AttentionSpec
 from . import _registration as registration
 from . import attention_checks as checks
-from ._choice import Plans
+from ._choice import Plans, settle
 from .attention_varlen_rules import EagerFunction
 
 _OP = "attention_varlen"
@@ -62,7 +61,7 @@ def attention_varlen(
     tensors = (query, key, value, cu_seqlens_q, cu_seqlens_k, alibi_slopes, sinks)
     try:
         facts = checks.facts(tensors, 5)
-    except AttributeError:  # not all of them are tensors
+    except (AttributeError, RuntimeError):  # not all of them are tensors, or one is nested
         _check_tensors(*tensors)
         raise
     if registration.autocasting(query.device):
@@ -93,12 +92,7 @@ def attention_varlen(
     if generator is not None or spec.dropout_p:
         rng_state = checks.draw_rng_state(spec.dropout_p, generator, query.device)
     alibi_slopes, sinks = checks.per_head(alibi_slopes), checks.per_head(sinks)
-    if not compiling and use != "reference" and registration.needs_plain_torch():
-        if backend is not None:
-            raise RuntimeError(
-                f"backend: {backend} has no forward-mode or torch.func derivatives; use backend=None"
-            )
-        use = "reference"
+    use = settle(use, backend)
     cu_seqlens = (cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous())
     if use == "reference":
         output, lse = reference.attention_varlen(
@@ -108,7 +102,7 @@ def attention_varlen(
         packed = map(checks.unit_last, (query, key, value))
         inputs = (*packed, *cu_seqlens, *max_seqlens, alibi_slopes, sinks, rng_state)
         op = checks.operator(_OP, use)
-        if compiling or get_interpreter_stack() is not None:
+        if compiling or registration.needs_registered_op():
             output, lse = op(*inputs, *spec)
         elif needs_grad:
             output, lse = EagerFunction.apply(op, spec, *inputs)

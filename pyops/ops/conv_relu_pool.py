@@ -12,14 +12,13 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._C._functorch import get_interpreter_stack
 
 from .. import backends
 from ..reference import conv_relu_pool as reference
 from ..reference.conv_relu_pool import ConvPoolSpec, codes_fit, conv_extents, pool_extents
 from . import _arguments as arguments
 from . import _registration as registration
-from ._choice import Plans, choose
+from ._choice import Plans, choose, settle
 from .conv_relu_pool_rules import EagerFunction
 
 _OP = "conv_relu_pool2d"
@@ -80,7 +79,7 @@ def conv_relu_pool2d(
     """
     try:
         facts = (_facts(input), _facts(weight), None if bias is None else _facts(bias))
-    except AttributeError:  # not all of them are tensors
+    except (AttributeError, RuntimeError):  # not all of them are tensors, or one is nested
         _check_tensors(input, weight, bias)
         raise
     if registration.autocasting(input.device):
@@ -97,6 +96,8 @@ def conv_relu_pool2d(
         input.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
     )
     compiling = torch.compiler.is_compiling()
+    if not compiling and torch._C._is_tracing():  # a graph for calls with and without gradients
+        needs_grad = True
     if compiling:
         plan = _plan(facts, options, backend, needs_grad, input, weight, bias)
     else:
@@ -108,17 +109,12 @@ def conv_relu_pool2d(
     if plan.extra_padding is not None:
         input = F.pad(input, plan.extra_padding)
     use, flat = plan.backend, plan.flat
-    if not compiling and use != "reference" and registration.needs_plain_torch():
-        if backend is not None:
-            raise RuntimeError(
-                f"backend: {backend} has no forward-mode or torch.func derivatives; use backend=None"
-            )
-        use = "reference"
+    use = settle(use, backend)
     if use == "reference":
         return reference.conv_relu_pool2d(input, weight, bias, plan.spec)
     batched = input if input.dim() == 4 else input.unsqueeze(0)
     op = _operator(use, input.dtype)
-    if compiling or get_interpreter_stack() is not None:
+    if compiling or registration.needs_registered_op():
         output, _ = op(batched, weight, bias, *flat, needs_grad)
     elif needs_grad:
         output = EagerFunction.apply(batched, weight, bias, op, flat)
@@ -173,7 +169,7 @@ def _plan(
     for name, sizes in (("input", input_shape[-3:]), ("weight", weight_shape)):
         if any(size == 0 for size in sizes):
             raise ValueError(f"{name}: expected no size 0 (but for the batch), got {tuple(sizes)}")
-    spec, extra = _spec(input_shape, weight_shape, *options)
+    spec, extra = _spec(input_shape, weight_shape, dtype, *options)
     if bias_shape is not None and tuple(bias_shape) != (weight_shape[0],):
         raise ValueError(f"bias: expected shape ({weight_shape[0]},), got {tuple(bias_shape)}")
     if extra is not None:
@@ -187,9 +183,15 @@ def _plan(
 _plans = Plans()
 
 
+def check_options(channels: int, weight: Tensor, options: tuple[Any, ...]) -> None:
+    """Raise what the op would, whatever the input; `options` are its own from stride to ceil_mode, in order."""
+    _spec(torch.Size((channels, 1, 1)), weight.shape, weight.dtype, *options)
+
+
 def _spec(
     input_shape: torch.Size,
     weight_shape: torch.Size,
+    dtype: torch.dtype,
     stride: Any,
     padding: Any,
     dilation: Any,
@@ -204,8 +206,7 @@ def _spec(
 ) -> tuple[ConvPoolSpec, tuple[int, int, int, int] | None]:
     stride = arguments.pair("stride", stride, 1)
     dilation = arguments.pair("dilation", dilation, 1)
-    if not isinstance(groups, int) or isinstance(groups, bool):
-        raise TypeError(f"groups: expected an int, got {groups!r}")
+    groups = arguments.integer("groups", groups)
     channels, out_channels = input_shape[-3], weight_shape[0]
     if groups < 1 or channels % groups or out_channels % groups:
         raise ValueError(
@@ -219,8 +220,7 @@ def _spec(
         )
     padding, extra = _padding(padding, weight_shape, stride, dilation)
     arguments.one_of("activation", activation, ("relu", "leaky_relu", None))
-    if not isinstance(negative_slope, (int, float)) or isinstance(negative_slope, bool):
-        raise TypeError(f"negative_slope: expected a number, got {negative_slope!r}")
+    negative_slope = arguments.slope("negative_slope", negative_slope, dtype)
     arguments.one_of("pool", pool, ("max", "avg", None))
     if not isinstance(ceil_mode, bool):
         raise TypeError(f"ceil_mode: expected a bool, got {ceil_mode!r}")
@@ -236,7 +236,7 @@ def _spec(
     if pool is None:
         pool_size, pool_stride, pool_padding, ceil_mode = (1, 1), (1, 1), (0, 0), False
     spec = ConvPoolSpec(
-        *(stride, padding, dilation, groups, activation or "none", float(negative_slope)),
+        *(stride, padding, dilation, groups, activation or "none", negative_slope),
         *(pool or "none", pool_size, pool_stride, pool_padding, ceil_mode),
     )
     return spec, extra
@@ -320,9 +320,10 @@ def _slower_on_cpu(
     )
     if pixels < 100 and out_channels * group_channels > 2**17 and (half or taps == 1):
         return True  # packing the weights costs as much as using them
+    if pixels < 200 and out_channels * group_channels >= 2**16 and half and needs_grad:
+        return True
     if (kernel_h, kernel_w, *spec.stride, *spec.dilation) == (3, 3, 1, 1, 1, 1):
-        small_windows = spec.pool_size == spec.pool_stride == (2, 2)
-        return not (spec.pool == "none" or small_windows) and group_channels >= 128
+        return False
     return spec.pool == "none" and taps > 1 and group_channels >= 64
 
 

@@ -66,21 +66,31 @@ def _fake_backward(
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    input, weight, _, *rest = inputs
+    input, weight, bias, *rest = inputs
     spec, with_codes = ConvPoolSpec.from_flat(rest[:-1]), rest[-1]
-    if not with_codes:
-        raise RuntimeError("with_codes: must be True where gradients are needed")
+    ctx.flat = rest[:-1]
+    # Traced where no gradient was in sight, as by an export under no_grad, and asked for one now.
+    ctx.without_codes = stores_codes(spec) and not with_codes
+    if ctx.without_codes:
+        ctx.save_for_backward(input, weight, bias)
+        return
     by_output = not stores_codes(spec) and spec.activation != "none"
     ctx.save_for_backward(input, weight, output[0] if by_output else output[1])
-    ctx.flat = rest[:-1]
 
 
 def _backward_of(backward_op: Any) -> Any:
-    def backward(ctx: Any, grad_output: Tensor, _: Any) -> tuple[Tensor | None, ...]:
-        mask = list(ctx.needs_input_grad[:3])
+    def backward(
+        ctx: Any, grad_output: Tensor, _: Any, mask: list[bool] | None = None
+    ) -> tuple[Tensor | None, ...]:
+        mask = list(ctx.needs_input_grad[:3]) if mask is None else mask
         if grad_output is None or not any(mask):
             return (None,) * (4 + len(ctx.flat))
-        grads = backward_op(grad_output, *ctx.saved_tensors, *ctx.flat, mask)
+        input, weight, selector = ctx.saved_tensors
+        if ctx.without_codes:  # what was saved instead is the bias
+            forward_op = registration.forward_of(backward_op)
+            with torch.no_grad():
+                _, selector = forward_op(input, weight, selector, *ctx.flat, True)
+        grads = backward_op(grad_output, input, weight, selector, *ctx.flat, mask)
         wanted = (grad if asked else None for grad, asked in zip(grads, mask, strict=True))
         return (*wanted, *(None,) * (len(ctx.flat) + 1))
 
@@ -102,16 +112,18 @@ class EagerFunction(torch.autograd.Function):
             output = op(input, weight, bias, *flat, True)
         _save_for_backward(ctx, (input, weight, bias, *flat, True), output)
         ctx.backward_op = backward_op_of(op)
+        ctx.given = (True, True, bias is not None)
         return output[0]
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         grads: tuple[Tensor | None, ...]
+        mask = registration.gradients_wanted(ctx, ctx.given)
         if torch.is_grad_enabled():  # a graph of the gradients is being built
-            grads = _backward_of(ctx.backward_op)(ctx, grad_output, None)
+            grads = _backward_of(ctx.backward_op)(ctx, grad_output, None, mask)
         else:
             with torch._C._AutoDispatchBelowAutograd():
-                grads = _backward_of(ctx.backward_op)(ctx, grad_output, None)
+                grads = _backward_of(ctx.backward_op)(ctx, grad_output, None, mask)
         return (*grads[:3], None, None)
 
 
@@ -167,9 +179,11 @@ def _vmap_of(op: Any, folds: bool) -> Any:
         info: Any, in_dims: tuple[Any, ...], *args: Any
     ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
         if folds and all(d is None for d in in_dims[1:]):
-            images = args[0].movedim(in_dims[0], 0).flatten(0, 1)
+            images = args[0].movedim(in_dims[0], 0)
+            sizes = images.shape[:2]
+            images = images.flatten(0, 1)
             results = tuple(
-                r.unflatten(0, (info.batch_size, -1)) if r.dim() == 4
+                r.unflatten(0, sizes) if r.dim() == 4
                 else r.expand(info.batch_size, *r.shape)
                 for r in op(images, *args[1:])
             )  # fmt: skip

@@ -11,13 +11,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._C._functorch import get_interpreter_stack
 
 from ..reference import conv_transpose_act as reference
 from ..reference.conv_transpose_act import ConvTransposeSpec, output_extents
 from . import _arguments as arguments
 from . import _registration as registration
-from ._choice import Plans, choose
+from ._choice import Plans, choose, settle
 from .conv_transpose_act_rules import EagerFunction
 
 _OP = "conv_transpose2d_act"
@@ -74,7 +73,7 @@ def conv_transpose2d_act(
         facts = tuple(
             None if t is None else (t.shape, t.dtype, t.device, t.layout) for t in tensors
         )
-    except AttributeError:  # not all of them are tensors
+    except (AttributeError, RuntimeError):  # not all of them are tensors, or one is nested
         _check_tensors(tensors)
         raise
     if input is not None and registration.autocasting(input.device):
@@ -94,18 +93,13 @@ def conv_transpose2d_act(
     else:
         plan = _plans.find((facts, options), options, lambda: _plan(facts, options, tensors))
     use, spec, needs_grad = plan
-    if not compiling and use != "reference" and registration.needs_plain_torch():
-        if backend is not None:
-            raise RuntimeError(
-                f"backend: {backend} has no forward-mode or torch.func derivatives; use backend=None"
-            )
-        use = "reference"
+    use = settle(use, backend)
     input, weight, bias, scale, shift = tensors
     if use == "reference":
         return reference.conv_transpose2d_act(input, weight, bias, scale, shift, spec)
     batched = input if input.dim() == 4 else input.unsqueeze(0)
     op = _operator(use)
-    if compiling or get_interpreter_stack() is not None:
+    if compiling or registration.needs_registered_op():
         output = op(batched, weight, bias, scale, shift, *spec)
     elif needs_grad:
         output = EagerFunction.apply(batched, weight, bias, scale, shift, op, spec)
@@ -152,7 +146,7 @@ def _plan(facts: tuple[Any, ...], options: tuple[Any, ...], tensors: tuple[Any, 
     for name, sizes in (("input", input_shape[-3:]), ("weight", weight_shape)):
         if any(size == 0 for size in sizes):
             raise ValueError(f"{name}: expected no size 0 (but for the batch), got {tuple(sizes)}")
-    spec = _spec(input_shape, weight_shape, *geometry)
+    spec = _spec(input_shape, weight_shape, dtype, *geometry)
     channels = weight_shape[1] * spec.groups
     for name, vector in zip(_VECTORS, vectors, strict=True):
         if vector is not None and tuple(vector[0]) != (channels,):
@@ -167,9 +161,15 @@ def _plan(facts: tuple[Any, ...], options: tuple[Any, ...], tensors: tuple[Any, 
     return _Plan(use, spec, needs_grad)
 
 
+def check_options(channels: int, weight: Tensor, options: tuple[Any, ...]) -> None:
+    """Raise what the op would, whatever the input; `options` are its own from stride to negative_slope, in order."""
+    _spec(torch.Size((channels, 1, 1)), weight.shape, weight.dtype, *options)
+
+
 def _spec(
     input_shape: torch.Size,
     weight_shape: torch.Size,
+    dtype: torch.dtype,
     stride: Any,
     padding: Any,
     output_padding: Any,
@@ -187,8 +187,7 @@ def _spec(
             f"output_padding: expected less than stride {stride} or dilation {dilation}, "
             f"got {output_padding}"
         )
-    if not isinstance(groups, int) or isinstance(groups, bool):
-        raise TypeError(f"groups: expected an int, got {groups!r}")
+    groups = arguments.integer("groups", groups)
     channels = input_shape[-3]
     if groups < 1 or channels % groups:
         raise ValueError(
@@ -200,11 +199,10 @@ def _spec(
             f"got {tuple(weight_shape)}"
         )
     arguments.one_of("activation", activation, ("relu", "leaky_relu", "tanh", "sigmoid", None))
-    if not isinstance(negative_slope, (int, float)) or isinstance(negative_slope, bool):
-        raise TypeError(f"negative_slope: expected a number, got {negative_slope!r}")
+    negative_slope = arguments.slope("negative_slope", negative_slope, dtype)
     return ConvTransposeSpec(
         *(stride[0], stride[1], padding[0], padding[1], output_padding[0], output_padding[1]),
-        *(dilation[0], dilation[1], groups, activation or "none", float(negative_slope)),
+        *(dilation[0], dilation[1], groups, activation or "none", negative_slope),
     )
 
 

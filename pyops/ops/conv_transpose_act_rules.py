@@ -70,8 +70,10 @@ def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> Non
 
 
 def _backward_of(backward_op: Any) -> Any:
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        mask = list(ctx.needs_input_grad[:5])
+    def backward(
+        ctx: Any, grad_output: Tensor, mask: list[bool] | None = None
+    ) -> tuple[Tensor | None, ...]:
+        mask = list(ctx.needs_input_grad[:5]) if mask is None else mask
         if grad_output is None or not any(mask):
             return (None,) * (5 + _SPEC)
         grads = backward_op(grad_output, *ctx.saved_tensors, *ctx.spec, mask)
@@ -104,16 +106,18 @@ class EagerFunction(torch.autograd.Function):
             output = op(*tensors, *spec)
         _save_for_backward(ctx, (*tensors, *spec), output)
         ctx.backward_op = backward_op_of(op)
+        ctx.given = tuple(t is not None for t in tensors)
         return output
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         grads: tuple[Tensor | None, ...]
+        mask = registration.gradients_wanted(ctx, ctx.given)
         if torch.is_grad_enabled():  # a graph of the gradients is being built
-            grads = _backward_of(ctx.backward_op)(ctx, grad_output)
+            grads = _backward_of(ctx.backward_op)(ctx, grad_output, mask)
         else:
             with torch._C._AutoDispatchBelowAutograd():
-                grads = _backward_of(ctx.backward_op)(ctx, grad_output)
+                grads = _backward_of(ctx.backward_op)(ctx, grad_output, mask)
         return (*grads[:5], None, None)
 
 
@@ -220,8 +224,8 @@ def _vmap_of(op: Any, folds: bool) -> Any:
 
     def rule(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
         if folds and all(d is None for d in in_dims[1:]):
-            images = args[0].movedim(in_dims[0], 0).flatten(0, 1)
-            return op(images, *args[1:]).unflatten(0, (info.batch_size, -1)), 0
+            images = args[0].movedim(in_dims[0], 0)
+            return op(images.flatten(0, 1), *args[1:]).unflatten(0, images.shape[:2]), 0
         results = registration.each_sample(op, info.batch_size, in_dims, args)
         return results, 0 if isinstance(results, Tensor) else (0,) * len(results)
 

@@ -12,13 +12,12 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._C._functorch import get_interpreter_stack
 
 from ..reference import lstm as reference
 from ..reference.lstm import LSTMSpec, Variant
 from . import _registration as registration
 from . import lstm_checks as checks
-from ._choice import Plans, choose
+from ._choice import Plans, choose, settle
 from .lstm_checks import Sizes
 from .lstm_rules import EagerFunction
 
@@ -97,7 +96,12 @@ def lstm(
             None if states is None else tuple([_facts(s) for s in states]),
             tuple([_facts(w) for w in weights]),
         )
-    except (AttributeError, TypeError, ValueError):  # something is no tensor
+    except (
+        AttributeError,
+        TypeError,
+        ValueError,
+        RuntimeError,
+    ):  # something is no tensor, or nested
         checks.check_tensors(input, hx, weights)
         raise
     needs_grad = torch.is_grad_enabled() and (
@@ -106,6 +110,8 @@ def lstm(
         or (states is not None and (states[0].requires_grad or states[1].requires_grad))
     )
     compiling = torch.compiler.is_compiling()
+    if not compiling and torch._C._is_tracing():  # a graph for calls with and without gradients
+        needs_grad = True
     batch = None
     if batch_sizes is not None:
         batch = _packed_batch(input, states, batch_sizes, compiling)
@@ -127,12 +133,7 @@ def lstm(
     if states is None:
         states = _zero_states(input, plan, input.shape[1] if batch is None else batch)
     use = plan.backend
-    if use != "reference" and not compiling and registration.needs_plain_torch():
-        if backend is not None:
-            raise RuntimeError(
-                f"backend: {backend} has no forward-mode or torch.func derivatives; use backend=None"
-            )
-        use = "reference"
+    use = settle(use, backend)
     if use == "reference" or (use == _TORCH and compiling):
         output, h, c = reference.lstm(input, *states, weights, batch_sizes, plan.spec, plan.variant)
     elif use == _TORCH:
@@ -182,7 +183,7 @@ def _plan(
     """Check and normalise everything that does not depend on the tensors' contents."""
     checks.check_tensors(input, states, weights)
     variant = checks.options(*options)
-    num_layers, bidirectional, batch_first = options[:3]
+    num_layers, (bidirectional, batch_first) = int(options[0]), options[1:3]
     packed = batch is not None
     checks.check_input(input.shape, packed, batch_first)
     spec, sizes = checks.check_weights(
@@ -283,7 +284,7 @@ def _call(
     spec: LSTMSpec,
     needs_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if torch.compiler.is_compiling() or get_interpreter_stack() is not None:
+    if torch.compiler.is_compiling() or registration.needs_registered_op():
         return op(input, h0, c0, list(weights), batch_sizes, *spec, needs_grad)[:3]
     if needs_grad:
         return EagerFunction.apply(op, spec, batch_sizes, input, h0, c0, *weights)

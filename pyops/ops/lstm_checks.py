@@ -72,8 +72,7 @@ def options(
     layer_norm: Any,
     zoneout: Any,
 ) -> Variant:
-    if not isinstance(num_layers, int) or isinstance(num_layers, bool):
-        raise TypeError(f"num_layers: expected an int, got {num_layers!r}")
+    num_layers = arguments.integer("num_layers", num_layers)
     if num_layers < 1:
         raise ValueError(f"num_layers: expected at least 1, got {num_layers}")
     flags = {
@@ -92,9 +91,7 @@ def options(
         ("dropout", dropout, dropout),
         *(("zoneout", value, zoneout) for value in both),
     ):
-        if not isinstance(value, (int, float)) or isinstance(value, bool):
-            raise TypeError(f"{name}: expected a number, got {given!r}")
-        if not 0 <= value <= 1:
+        if not 0 <= arguments.number(name, value) <= 1:
             raise ValueError(f"{name}: expected a probability between 0 and 1, got {given!r}")
     return Variant(float(dropout), training, layer_norm, (float(both[0]), float(both[1])))
 

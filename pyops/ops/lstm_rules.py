@@ -74,8 +74,8 @@ def _fake_backward(
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     input, h0, c0, weights, batch_sizes, *rest = inputs
-    if not rest[-1]:
-        raise RuntimeError("save_for_backward: must be True where gradients are needed")
+    # False where it was traced with no gradient in sight, as by an export under no_grad.
+    ctx.saved = rest[-1]
     ctx.save_for_backward(batch_sizes, input, h0, c0, output[0], output[3], *weights)
     ctx.spec = LSTMSpec(*rest[:-1])
     # Else zeros would be made for the gradient of the buffer of activations, its largest tensor.
@@ -86,6 +86,10 @@ def _call_backward(
     backward_op: Any, ctx: Any, grads: Sequence[Tensor | None], mask: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     batch_sizes, input, h0, c0, output, saved, *weights = ctx.saved_tensors
+    if not ctx.saved:
+        forward_op = registration.forward_of(backward_op)
+        with torch.no_grad():
+            output, _, _, saved = forward_op(input, h0, c0, weights, batch_sizes, *ctx.spec, True)
     return backward_op(
         *grads[:3], input, h0, c0, weights, batch_sizes, output, saved, *ctx.spec, mask
     )
@@ -233,12 +237,12 @@ def _vmap_forward(op: Any) -> Any:
         if mapped_weights or batch_sizes is not None or rest[-1]:
             results = registration.each_sample(op, info.batch_size, in_dims, args)
             return results, (0,) * len(results)
-        folded = [
-            torch.stack(registration.samples(t, d, info.batch_size), 1).flatten(1, 2)
+        joined = [
+            torch.stack(registration.samples(t, d, info.batch_size), 1)
             for t, d in zip((input, h0, c0), in_dims[:3], strict=True)
         ]
-        *results, saved = op(*folded, weights, None, *rest)
-        sizes = (info.batch_size, folded[1].shape[1] // info.batch_size)
+        *results, saved = op(*(t.flatten(1, 2) for t in joined), weights, None, *rest)
+        sizes = joined[0].shape[1:3]
         return (*(r.unflatten(1, sizes) for r in results), saved), (1, 1, 1, None)
 
     return rule

@@ -61,7 +61,10 @@ def scaled_dot_product_attention(
 
 def _takes(tensors: tuple[Any, ...], dropout_p: Any, is_causal: Any) -> bool:
     """Whether the call is one for our op, up to the sizes before seqlen; what is not goes to torch's."""
-    if not all(type(t) in (Tensor, Parameter) and t.numel() and t.dim() >= 2 for t in tensors):
+    if not all(
+        type(t) in (Tensor, Parameter) and not t.is_nested and t.numel() and t.dim() >= 2
+        for t in tensors
+    ):
         return False  # subclasses too: they may have an answer of their own
     query, key, value, *mask = tensors
     if backends.automatic("attention", query.device)[0][0] == "reference":

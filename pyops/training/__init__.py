@@ -9,11 +9,20 @@ import importlib
 from types import ModuleType
 
 from pyops.training.checkpoint import CheckpointError, read_checkpoint
-from pyops.training.trainer import OPS, Trainer
+from pyops.training.trainer import OPS, Trainer, TrainingError, check_settings
 
 MODELS = ("cnn", "lstm", "transformer", "gan")
 
-__all__ = ["MODELS", "OPS", "CheckpointError", "Trainer", "read_checkpoint", "task"]
+__all__ = [
+    "MODELS",
+    "OPS",
+    "CheckpointError",
+    "Trainer",
+    "TrainingError",
+    "check_settings",
+    "read_checkpoint",
+    "task",
+]
 
 
 def task(model: str) -> ModuleType:

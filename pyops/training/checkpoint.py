@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
+import math
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from pyops.files import replacing
 
 FORMAT = "pyops training checkpoint"
 FORMAT_VERSION = 2
@@ -28,17 +29,8 @@ class CheckpointError(ValueError):
 
 def write_checkpoint(path: str | Path, content: dict[str, Any]) -> None:
     """Writes `content`. If interrupted, a file of that name stays as it was."""
-    path = Path(path)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            torch.save({"format": FORMAT, "version": FORMAT_VERSION, **content}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    with replacing(Path(path)) as file:
+        torch.save({"format": FORMAT, "version": FORMAT_VERSION, **content}, file)
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -65,4 +57,11 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     for key, kind in _CONTENT.items():
         if not isinstance(state.get(key), kind):
             raise CheckpointError(f"{path}: damaged: {key!r} is missing or of the wrong type")
+    for key in ("modules", "optimizers"):
+        if not all(isinstance(value, dict) for value in state[key].values()):
+            raise CheckpointError(f"{path}: damaged: {key!r} holds something that is no state")
+    if isinstance(state["epoch"], bool) or state["epoch"] < 0:
+        raise CheckpointError(f"{path}: damaged: 'epoch' is {state['epoch']}")
+    if not all(isinstance(loss, float) and math.isfinite(loss) for loss in state["losses"]):
+        raise CheckpointError(f"{path}: damaged: 'losses' holds something that is no loss")
     return state

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
@@ -14,6 +15,29 @@ import pyops
 from pyops.training.checkpoint import CheckpointError, write_checkpoint
 
 OPS = ("fast", "reference")
+
+
+def check_settings(settings: Any, presets: tuple[str, ...]) -> None:
+    """Raise ValueError, naming the setting, unless each is of its default's type and in range."""
+    for field in fields(settings):
+        name, value = field.name, getattr(settings, field.name)
+        default: Any = field.default
+        kind: Any = type(default)
+        if type(value) is not kind:
+            raise ValueError(f"{name}: expected {kind.__name__}, got {value!r}")
+        if name == "seed":  # what torch.Generator takes
+            in_range = -(2**63) <= value < 2**64
+        else:
+            least = 0 if name == "shift" else 1 if kind is int else 1e-30
+            in_range = kind is str or least <= value < 2**31
+        if not in_range:
+            raise ValueError(f"{name}: out of range: {value!r}")
+    if settings.preset not in presets:
+        raise ValueError(f"preset: expected one of {', '.join(presets)}, got {settings.preset!r}")
+
+
+class TrainingError(ArithmeticError):
+    """A run that cannot go on: its loss or weights are no longer finite."""
 
 
 class Trainer:
@@ -79,18 +103,32 @@ class Trainer:
 
         What dropout draws depends on the seed and the epoch alone; torch's own state stays as it was.
         on_step: called after each step with the number of steps done and the step's loss.
+
+        Raises:
+            TrainingError: the loss or a weight is no longer finite.
         """
-        losses = []
+        losses: list[float] = []
         devices = [self.device] if self.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices):
-            torch.manual_seed(self.settings.seed * 1_000_003 + self.epoch)
+            torch.manual_seed((self.settings.seed * 1_000_003 + self.epoch) % 2**64)
             for loss in self.steps():
+                if not math.isfinite(loss):
+                    self._diverged(f"in step {len(losses) + 1} the loss is {loss}")
                 losses.append(loss)
                 if on_step is not None:
                     on_step(len(losses), loss)
+        for name, module in self.modules.items():
+            if not all(tensor.isfinite().all() for tensor in module.parameters()):
+                self._diverged(f"the weights of the {name} are no longer finite")
         self.epoch += 1
         self.losses += losses
         return losses
+
+    def _diverged(self, what: str) -> NoReturn:
+        raise TrainingError(
+            f"epoch {self.epoch + 1}, {self.ops} ops: {what}; a smaller learning rate than "
+            f"{self.settings.learning_rate:g} may help"
+        )
 
     def save(self, path: str | Path) -> None:
         """Writes a checkpoint. If interrupted, a file of that name stays as it was."""
@@ -116,7 +154,11 @@ class Trainer:
                 module.load_state_dict(checkpoint["modules"][key])
             for key, optimizer in self.optimizers.items():
                 optimizer.load_state_dict(checkpoint["optimizers"][key])
+                for parameter, state in optimizer.state.items():
+                    for value in filter(torch.is_tensor, state.values()):
+                        if value.dim() and value.shape != parameter.shape:
+                            raise ValueError(f"{key}'s optimizer is of other shapes")
             self.order.set_state(checkpoint["order"])
-        except (RuntimeError, ValueError, TypeError, KeyError) as error:
+        except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
             raise CheckpointError(f"{name}: does not fit the model: {error}") from error
         self.epoch, self.losses = checkpoint["epoch"], list(checkpoint["losses"])

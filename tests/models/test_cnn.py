@@ -239,7 +239,13 @@ def test_bad_counts(factory, argument, value):
         ({"padding": -1}, "padding: expected a non-negative integer, got -1"),
         ({"channels": (8,)}, r"channels: expected two or three numbers, got \(8,\)"),
         ({"channels": (8, 0)}, "channels: expected a positive integer, got 0"),
-        ({"image_size": 0}, "image_size: expected a positive integer, got 0"),
+        ({"channels": 5}, "channels: expected two or three numbers, got 5"),
+        ({"padding": True}, "padding: expected a non-negative integer, got True"),
+        *(
+            ({"image_size": size}, f"image_size: expected a positive integer or a pair.*{size}")
+            for size in (0, "a", 28.0, None, True)
+        ),
+        ({"image_size": (1, 2, 3)}, r"image_size: expected .* or a pair of them, got \(1, 2, 3\)"),
     ],
 )
 def test_small_cnn_bad_arguments(options, message):
@@ -251,6 +257,8 @@ def test_small_cnn_bad_arguments(options, message):
 def test_small_cnn_bad_calls():
     with pytest.raises(ValueError, match=r"preset: expected one of .*got 'imagenet'"):
         models.small_cnn("imagenet")
+    with pytest.raises(ValueError, match=r"preset: expected one of .*got \['a'\]"):
+        models.small_cnn(["a"])
     model = models.SmallCNN.cifar()
     with pytest.raises(ValueError, match=r"input: .*\(32, 32\), got \(32, 31\)"):
         model(torch.randn(1, 3, 32, 31))

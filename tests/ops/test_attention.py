@@ -18,34 +18,56 @@ BOTH = pytest.mark.parametrize("backend", BACKENDS)
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 
 HEAD_DIMS = (32, 40, 59, 64, 80, 96, 111, 128, 160, 192, 224, 256)
-HEADS = {"mha": (6, 6), "mqa": (6, 1), "gqa": (6, 2)}
-MASKS = {
-    "full": {},
-    "causal": {"causal": True},
-    "window": {"window": (40, 25)},
-    "causal window": {"causal": True, "window": (33, None)},
-    "softcap": {"softcap": 15.0, "causal": True},
-}
-# Every two of (head_dim, heads, mask, dtype) meet.
+HEADS = {"mha": (3, 3), "mqa": (4, 1), "gqa": (4, 2)}
+LENGTHS = [
+    *((16, 239), (33, 300), (127, 129), (113, 203), (128, 217), (113, 211), (108, 256), (239, 16)),
+    *((64, 64), (65, 65), (200, 200), (70, 131), (131, 70)),
+]
+# All combinations of mask and head_dim; over them heads, dtypes, lengths and layouts run evenly.
+MASKS = [
+    {"causal": causal, "window": window, "softcap": softcap}
+    for causal in (False, True)
+    for window in (None, (40, 25))
+    for softcap in (0.0, 15.0)
+]
 GRID = [
-    (d, [*HEADS][(i + j) % 3], mask, (torch.float32, torch.bfloat16)[(i // 2 + j) % 2])
-    for i, d in enumerate(HEAD_DIMS)
+    pytest.param(
+        *(head_dim, heads, mask, dtype, LENGTHS[(5 * i + 3 * j) % len(LENGTHS)], (i + j) % 3 == 0),
+        id=f"{head_dim}-{heads}-mask{j}-{dtype}",
+    )
+    for i, head_dim in enumerate(HEAD_DIMS)
     for j, mask in enumerate(MASKS)
+    for heads in [[*HEADS][(i + j + j // 3) % 3]]
+    for dtype in [(torch.float32, torch.bfloat16)[(i // 2 + j + j // 2) % 2]]
 ]
 
 
-@pytest.mark.parametrize("head_dim, heads, mask, dtype", GRID)
-def test_head_dims_heads_and_masks(head_dim, heads, mask, dtype):
+@pytest.mark.parametrize("head_dim, heads, mask, dtype, lengths, heads_inside", GRID)
+def test_grid(head_dim, heads, mask, dtype, lengths, heads_inside):
     h, h_kv = HEADS[heads]
-    qkv = make_qkv(1, h, 113, 131, head_dim, heads_kv=h_kv, dtype=dtype, heads_inside=head_dim % 2)
-    check(*qkv, backend="cpu", **MASKS[mask])
+    options = {"heads_kv": h_kv, "dtype": dtype, "heads_inside": heads_inside}
+    check(*make_qkv(1, h, *lengths, head_dim, **options), backend="cpu", **mask)
+
+
+def test_grid_meets_everything():
+    """Each pair of (heads, mask, dtype, lengths) values, so that no corner hides behind the diagonal."""
+    rows = [p.values for p in GRID]
+    assert len({(r[0], str(r[2])) for r in rows}) == len(HEAD_DIMS) * len(MASKS)
+    assert len({(r[1], str(r[2])) for r in rows}) == len(HEADS) * len(MASKS)
+    assert len({(str(r[2]), r[3]) for r in rows}) == 2 * len(MASKS)
+    assert len({(r[0], r[1]) for r in rows}) == len(HEADS) * len(HEAD_DIMS)
+    assert len({(str(r[2]), r[4]) for r in rows}) > 7 * len(LENGTHS)
+    assert len({(r[4], r[3]) for r in rows}) == 2 * len(LENGTHS)
 
 
 SEQLENS = [
     *((1, 1), (1, 239), (3, 799), (127, 512), (127, 513), (113, 203), (128, 217), (108, 256)),
-    *((239, 1), (799, 3), (1, 128), (128, 1), (17, 16), (64, 64), (65, 65), (200, 200)),
+    *((239, 1), (799, 3), (1, 128), (128, 1), (17, 16), (64, 64), (65, 65), (113, 211)),
 ]
-LONG = [(256, 512, False), (1024, 128, True), (1023, 1024, False), (1024, 1023, True)]
+LONG = [
+    *((256, 512, False), (512, 256, True), (1024, 128, True), (1023, 1024, False)),
+    *((1024, 1023, True), (1024, 1024, False), (2048, 2048, True), (2048, 2048, False)),
+]
 
 
 @pytest.mark.parametrize(
@@ -54,10 +76,7 @@ LONG = [(256, 512, False), (1024, 128, True), (1023, 1024, False), (1024, 1023, 
 )
 def test_lengths(seqlen_q, seqlen_k, causal):
     large = seqlen_q * seqlen_k > 500_000
-    # Three queries over 799 keys: in float32 the rounding of lse shows in dv beside torch, which keeps
-    # the probabilities there (docs/kernels/attention_backward.md).
-    exact = seqlen_q % 2 and (seqlen_q, seqlen_k) != (3, 799)
-    dtype = torch.float32 if exact else torch.bfloat16
+    dtype = torch.float32 if seqlen_q % 2 or seqlen_q == 2048 else torch.bfloat16
     qkv = make_qkv(1, 1 if large else 3, seqlen_q, seqlen_k, 40 if large else 64, dtype=dtype)
     check(*qkv, backend="cpu", causal=causal)
 

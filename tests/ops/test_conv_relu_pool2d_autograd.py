@@ -129,6 +129,24 @@ def test_only_what_is_asked_for_is_computed(channels, pool, wanted):
             assert leaf.grad is None
 
 
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("wanted", [(0,), (1,), (0, 1), (1, 0)])
+@pytest.mark.parametrize("create_graph", [False, True])
+def test_only_what_autograd_grad_is_asked_for_is_computed(create_graph, wanted, bias):
+    """Everything requires gradients, as in a penalty on those of the images; leaves and what comes of them."""
+    x, w, b = (t.requires_grad_() for t in make_inputs((2, 8, 8, 8), (8, 8, 3, 3)))
+    for inputs in ((x, w), (x * 1, w * 1)):
+        out = pyops.conv_relu_pool2d(*inputs, b if bias else None, backend="cpu").square().sum()
+        with Calls() as calls:
+            got = torch.autograd.grad(
+                out, [inputs[i] for i in wanted], create_graph=create_graph, retain_graph=True
+            )
+        (mask,) = [args[-1] for name, args in calls.seen if name.endswith("_backward")]
+        assert list(mask) == [i in wanted for i in range(3)]
+        every = torch.autograd.grad(out, inputs)
+        assert all(torch.equal(g, every[i]) for g, i in zip(got, wanted, strict=True))
+
+
 def test_what_the_op_returns_for_what_is_not_asked_for():
     x, w, b = make_inputs((2, 3, 8, 8), (8, 3, 3, 3))
     spec = (1, 1, 0, 0, 1, 1, 1, "relu", 0.01, "max", 2, 2, 2, 2, 0, 0, False)

@@ -100,9 +100,8 @@ def test_equal_values_of_the_wrong_type_are_refused_after_a_good_call(good, bad)
 
 
 def test_module_raises_likewise():
-    module = ConvReLUPool2d(6, 8, 3, pool="median")
     with pytest.raises(ValueError, match="pool: expected one of 'max', 'avg', None, got 'median'"):
-        module(X)
+        ConvReLUPool2d(6, 8, 3, pool="median")
     with pytest.raises(ValueError, match=r"weight: expected 5 input channels"):
         ConvReLUPool2d(6, 8, 3)(X[:, :5])
 
@@ -245,10 +244,16 @@ def test_output_mask_of_wrong_length(mask):
         torch.ops.pyops.conv_relu_pool2d_backward(*backward_arguments(output_mask=mask))
 
 
-def test_missing_codes_are_named():
-    call = {**FORWARD, "weight": W.clone().requires_grad_()}
-    with pytest.raises(RuntimeError, match="with_codes: must be True where gradients are needed"):
-        torch.ops.pyops.conv_relu_pool2d(*call.values(), False)
+def test_codes_left_out_are_computed_again():
+    weight = W.clone().requires_grad_()
+    call = {**FORWARD, "weight": weight}
+    grads = [
+        torch.autograd.grad(
+            torch.ops.pyops.conv_relu_pool2d(*call.values(), with_codes)[0].sum(), weight
+        )[0]
+        for with_codes in (False, True)
+    ]
+    assert torch.equal(*grads)
 
 
 @pytest.mark.parametrize("channels", [1, 3, 16, 64])

@@ -235,3 +235,9 @@ def test_weights_in_channels_last(w_shape, stride, groups, channels_last, dtype)
     )
     exact = plain(x.double(), w.double(), b.double(), **options)
     assert_within_budget(ours, plain(x, w, b, **options), exact)
+
+
+def test_values_beyond_the_largest_float_are_infinite_not_nan():
+    w = torch.randn(32, 16, 3, 3, generator=torch.Generator().manual_seed(0))
+    out = pyops.conv_relu_pool2d(torch.full((1, 16, 12, 12), 3e38), w, padding=1, backend="cpu")
+    assert out.max() == float("inf") and not out.isnan().any()

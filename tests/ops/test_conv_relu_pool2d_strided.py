@@ -15,6 +15,11 @@ CASES = {
     "first layer": ((3, 3, 18, 20), (40, 3, 4, 4), {"stride": 2, "padding": 1}),
     "middle layer": ((2, 24, 20, 18), (32, 24, 4, 4), {"stride": 2, "padding": 1}),
     "last layer": ((16, 40, 8, 8), (48, 40, 4, 4), {"stride": 2, "padding": 1}),
+    "small images of many channels": (
+        (16, 128, 8, 6),
+        (24, 128, 4, 4),
+        {"stride": 2, "padding": 1},
+    ),
     "pixels that no window reads": ((2, 16, 11, 12), (32, 16, 2, 1), {"stride": 4}),
     "uneven": (
         (3, 17, 17, 13),
@@ -42,7 +47,7 @@ def test_within_the_budget(name, dtype, channels_last):
 @pytest.mark.parametrize(
     "activation", ["relu", None, 0.0, -0.3, 1e-60], ids=lambda a: f"activation {a}"
 )
-@pytest.mark.parametrize("name", ["last layer", "groups"])
+@pytest.mark.parametrize("name", ["last layer", "groups", "small images of many channels"])
 def test_every_activation(name, activation, channels_last):
     """Slopes of at most 0 need codes; one that is 0 in float32 stops the gradient."""
     x_shape, w_shape, options = CASES[name]
@@ -83,6 +88,21 @@ def test_nan_in_the_gradient_of_dead_elements_is_stopped(slope, bad):
     out = pyops.conv_relu_pool2d(*leaves, backend="cpu", **options)
     for gradient in torch.autograd.grad(out, leaves, torch.full_like(out, bad)):
         assert not gradient.any()
+
+
+@LAYOUTS
+@pytest.mark.parametrize("activation", ["relu", "leaky_relu"])
+@pytest.mark.parametrize("name", ["last layer", "small images of many channels"])
+def test_nan_and_inf_in_the_forward_are_torchs(name, activation, channels_last):
+    x_shape, w_shape, options = CASES[name]
+    x, w, _ = make_inputs(x_shape, w_shape, channels_last=channels_last)
+    b = torch.zeros(w_shape[0])
+    b[:3] = torch.tensor([float("nan"), float("inf"), -float("inf")])
+    options = {**options, **LEAKY, "activation": activation}
+    got = pyops.conv_relu_pool2d(x, w, b, backend="cpu", **options)
+    want = plain(x, w, b, **options)
+    assert got.stride() == want.stride() and torch.equal(got.isnan(), want.isnan())
+    torch.testing.assert_close(got[:, :3], want[:, :3], equal_nan=True)
 
 
 class Calls(TorchDispatchMode):

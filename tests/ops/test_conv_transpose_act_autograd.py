@@ -128,6 +128,27 @@ def test_only_what_is_asked_for_is_computed(wanted):
             torch.testing.assert_close(leaf.grad, want, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("create_graph", [False, True])
+@pytest.mark.parametrize("vectors", ["bst", "t", "s"])
+@pytest.mark.parametrize("wanted", [(0,), (1,), (0, -1), (-1,)])
+def test_only_what_autograd_grad_is_asked_for_is_computed(wanted, vectors, create_graph):
+    """Everything requires gradients; some of the vectors are missing. -1: the last that is there."""
+    made = make_inputs((2, 5, 6, 6), (5, 9, 4, 4), vectors=vectors)
+    tensors = [None if t is None else t.requires_grad_() for t in made]
+    last = max(i for i, t in enumerate(tensors) if t is not None)
+    places = [last if i == -1 else i for i in wanted]
+    for inputs in (tensors, [None if t is None else t * 1 for t in tensors]):
+        out = fast(*inputs, stride=2, padding=1, activation="tanh").square().sum()
+        asked = [inputs[i] for i in places]
+        with Calls() as calls:
+            got = torch.autograd.grad(out, asked, create_graph=create_graph, retain_graph=True)
+        (mask,) = [args[-1] for name, args in calls.seen if name.endswith("_backward")]
+        assert list(mask) == [i in places for i in range(5)]
+        every = torch.autograd.grad(out, [t for t in inputs if t is not None])
+        by_place = dict(zip((i for i, t in enumerate(inputs) if t is not None), every, strict=True))
+        assert all(torch.equal(g, by_place[i]) for g, i in zip(got, places, strict=True))
+
+
 def test_what_is_saved():
     """Input, output and parameters: neither the convolution nor the affine map's result."""
     tensors = [t.requires_grad_() for t in make_inputs((2, 5, 8, 8), (5, 9, 4, 4))]

@@ -105,7 +105,7 @@ def test_slopes_that_hide_the_sign_go_to_the_reference():
 
 def test_module_passes_its_arguments_to_the_op():
     with pytest.raises(ValueError, match="activation"):
-        ConvTranspose2dAct(6, 8, 4, activation="gelu")(X)
+        ConvTranspose2dAct(6, 8, 4, activation="gelu")
     with pytest.raises(ValueError, match="shift"):
         ConvTranspose2dAct(6, 8, 4)(X, shift=T[:3])
 

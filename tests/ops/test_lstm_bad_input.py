@@ -226,10 +226,15 @@ def test_modules_raise_likewise():
             pyops.nn.LSTM(**{"input_size": 4, "hidden_size": 6, **wrong})
 
 
-def test_missing_activations_are_named():
+def test_activations_left_out_are_computed_again():
     weights = [w.clone().requires_grad_() for w in WEIGHTS]
-    with pytest.raises(RuntimeError, match="save_for_backward: must be True where gradients"):
-        torch.ops.pyops.lstm(X, H0, C0, weights, None, True, 2, False, False)
+    grads = [
+        torch.autograd.grad(
+            torch.ops.pyops.lstm(X, H0, C0, weights, None, True, 2, False, save)[0].sum(), weights
+        )
+        for save in (False, True)
+    ]
+    assert all(map(torch.equal, *grads))
 
 
 # Direct calls of the ops, past the public function's checks: an error, never a crash.

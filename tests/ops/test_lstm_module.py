@@ -136,6 +136,59 @@ def test_cell_step_by_step_is_the_layer():
     torch.testing.assert_close(state, (last[0][0], last[1][0]))
 
 
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(
+    "options",
+    [{"layer_norm": True}, {"zoneout": (0.2, 0.4)}, {"layer_norm": True, "zoneout": 0.1}],
+    ids=str,
+)
+def test_cell_with_options_is_the_layer(options, bias):
+    """Every parameter different from its first value, gradients of all of them, drawn masks included."""
+    module = pyops.nn.LSTM(4, 6, bias=bias, dtype=torch.float64, **options)
+    cell = pyops.nn.LSTMCell(4, 6, bias=bias, dtype=torch.float64, **options)
+    with torch.no_grad():
+        for i, parameter in enumerate(module.parameters()):
+            parameter.add_(data(*parameter.shape, dtype=torch.float64, seed=20 + i) / 4)
+    cell.load_state_dict({k.removesuffix("_l0"): v for k, v in module.state_dict().items()})
+    x, hx = data(4, 3, 4, dtype=torch.float64), states(module, 3)
+    for training in (False, True):
+        results = []
+        for one in (module.train(training), cell.train(training)):
+            torch.manual_seed(3)
+            state = hx if one is module else (hx[0][0], hx[1][0])
+            if one is module:
+                output, (h, c) = one(x, state)
+                h, c = h[0], c[0]
+            else:
+                shown = [state := one(x_t, state) for x_t in x]
+                output, (h, c) = torch.stack([h for h, _ in shown]), state
+            loss = output.square().sum() + c.sum()
+            results.append((output, h, c, *torch.autograd.grad(loss, list(one.parameters()))))
+        torch.testing.assert_close(*results)
+    assert repr(cell).removeprefix("LSTMCell") == repr(module).removeprefix("LSTM")
+
+
+def test_norms_of_a_cell_start_and_restart_at_one():
+    cell = pyops.nn.LSTMCell(4, 6, layer_norm=True, dtype=torch.float64)
+    sizes = {"weight_ln_ih": 24, "weight_ln_hh": 24, "weight_ln_c": 6, "bias_ln_c": 6}
+    extra = set(cell.state_dict()) - set(torch.nn.LSTMCell(4, 6).state_dict())
+    assert extra == set(sizes)
+    for restarted in (False, True):
+        if restarted:
+            with torch.no_grad():
+                for name in sizes:
+                    getattr(cell, name).fill_(7)
+            cell.reset_parameters()
+        for name, size in sizes.items():
+            value = getattr(cell, name)
+            expected = value.new_full((size,), float(name != "bias_ln_c"))
+            assert torch.equal(value, expected)
+    h, c = cell(data(5, 4, dtype=torch.float64))
+    (h.sum() + c.square().sum()).backward()
+    assert h.dtype == torch.float64
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in cell.parameters())
+
+
 @EACH_KERNEL
 def test_several_threads_on_a_cold_cache(backend):
     """Each first to meet its own shape, forward and backward at the same time."""

@@ -1,5 +1,7 @@
 """What every call looks at: where the op may not stand in, the calls run as they were written."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -181,12 +183,6 @@ def test_complex_models_get_torchs_own_error(net):
         net(X.to(torch.complex64))
 
 
-def test_wrong_channels_are_refused(net):
-    pyops.optimize(net)
-    with pytest.raises(ValueError, match="channels"):
-        net(X[:, :2])
-
-
 @pytest.mark.parametrize("pool", [nn.MaxPool2d(2), nn.AvgPool2d(2), nn.Identity()])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_autocast(pool, dtype, net, fused):
@@ -322,3 +318,52 @@ def test_concurrent_calls(calls, net, fused):
         results = list(pool.map(lambda _: net(X), range(calls)))
     assert all(torch.equal(result, expected) for result in results)
     assert len(fused) == calls + 1
+
+
+def test_windows_too_large_get_torchs_own_error(net, sequential):
+    for model in (net, sequential):
+        plain = copy.deepcopy(model)
+        pyops.optimize(model)
+        for bad in (X[..., :1], X[:, :2]):
+            with pytest.raises(RuntimeError) as expected:
+                plain(bad)
+            with pytest.raises(RuntimeError) as got:
+                model(bad)
+            assert str(got.value) == str(expected.value)
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize(
+    ("kind", "layers"),
+    [
+        (nn.Conv2d, [nn.Conv2d(3, 4, 3), nn.ReLU()]),
+        (nn.ReLU, [nn.Conv2d(3, 4, 3), nn.ReLU()]),
+        (nn.LSTM, [nn.Flatten(1, 2), nn.LSTM(8, 4)]),
+        (nn.MultiheadAttention, [nn.Flatten(1, 2), nn.TransformerEncoderLayer(8, 2)]),
+    ],
+)
+def test_a_forward_put_into_a_class_of_torchs_runs(when, kind, layers, monkeypatch):
+    model, calls = nn.Sequential(*layers).eval(), []
+    own = kind.forward
+
+    def patched(self, *arguments, **named):
+        calls.append(self)
+        return own(self, *arguments, **named)
+
+    if when == "after":
+        pyops.optimize(model)
+    monkeypatch.setattr(kind, "forward", patched)
+    if when == "before":
+        report = pyops.optimize(model)
+        assert report.replaced == [] and len(report.skipped) == 1
+    with torch.enable_grad():
+        model(X)
+    assert len(calls) == 1
+
+
+def test_exported_programs_say_why_nothing_is_replaced(net):
+    program = torch.export.export(net, (X,)).module()
+    report = pyops.optimize(program)
+    assert report.replaced == []
+    assert [(entry.place, entry.pattern) for entry in report.skipped] == [("forward", "conv2d")]
+    assert "optimize before exporting" in report.skipped[0].why

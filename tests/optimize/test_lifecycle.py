@@ -176,6 +176,7 @@ def test_saved_model_loads_in_a_process_without_this_package(tmp_path, monkeypat
     torch.save({"x": X, "out": model(X)}, tmp_path / "expected.pt")
     script = (
         "import sys, torch\n"
+        "sys.path.insert(0, '')\n"  # even under PYTHONSAFEPATH
         "model = torch.load('net.pt', weights_only=False)\n"
         "expected = torch.load('expected.pt')\n"
         "torch.testing.assert_close(model(expected['x']), expected['out'])\n"
