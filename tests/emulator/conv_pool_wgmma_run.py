@@ -7,9 +7,9 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from build import HERE, ROOT, Emulated
 from torch import Tensor
 
+from build import HERE, ROOT, Emulated
 from pyops.reference.conv_relu_pool import ConvPoolSpec, make_codes
 from pyops.testing import assert_within_budget
 

@@ -9,9 +9,10 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-import build
 import pytest
 from conv_pool_wgmma_run import Case, Emulated, sources
+
+import build
 
 pytestmark = pytest.mark.skipif(build.missing() is not None, reason=str(build.missing()))
 
