@@ -87,12 +87,19 @@ def without_interpreter(monkeypatch):
 
 
 @pytest.fixture
-def conv_precision():
-    """Sets torch's precision of float32 convolutions ("ieee", "tf32") for one test.
+def float32_precision():
+    """Sets torch's precision of float32 on GPUs ("ieee", "tf32") for one test.
 
-    monkeypatch would delete the attribute afterwards, which is none of the object's own.
+    monkeypatch would delete the attributes afterwards, which are none of the objects' own.
     """
-    switch = torch.backends.cudnn.conv
-    before = switch.fp32_precision
-    yield lambda value: setattr(switch, "fp32_precision", value)
-    switch.fp32_precision = before
+    backends = torch.backends
+    switches = (backends.cudnn.conv, backends.cudnn.rnn, backends.cuda.matmul)
+    before = [switch.fp32_precision for switch in switches]
+
+    def choose(value):
+        for switch in switches:
+            switch.fp32_precision = value
+
+    yield choose
+    for switch, value in zip(switches, before, strict=True):
+        switch.fp32_precision = value

@@ -63,8 +63,8 @@ def test_both_ops_have_one_schema_and_the_same_rules():
 
 
 @pytest.mark.parametrize(("precision", "op"), [("tf32", "_tf32"), ("ieee", "")])
-def test_torchs_switch_chooses_the_op(conv_precision, precision, op):
-    conv_precision(precision)
+def test_torchs_switch_chooses_the_op(float32_precision, precision, op):
+    float32_precision(precision)
     chosen = conv_relu_pool._operator("cuda", torch.float32)
     assert chosen is getattr(torch.ops.pyops, f"conv_relu_pool2d{op}").default
     for backend, dtype in (("cuda", torch.bfloat16), ("cpu", torch.float32)):

@@ -64,8 +64,8 @@ def kernels(request, monkeypatch):
 
 
 @pytest.fixture
-def exact(conv_precision):
-    conv_precision("ieee")
+def exact(float32_precision):
+    float32_precision("ieee")
 
 
 def make(name, dtype, channels_last=True, device=DEVICE, integers=False, seed=0):
@@ -179,8 +179,8 @@ def test_tf32(name):
 
 
 @pytest.mark.parametrize("precision", ["tf32", "ieee"])
-def test_torchs_switch_for_tf32_decides(precision, conv_precision):
-    conv_precision(precision)
+def test_torchs_switch_for_tf32_decides(precision, float32_precision):
+    float32_precision(precision)
     x, w, b = make("vgg-4", FP32)
     spec = LAYERS["vgg-4"][2]
     op = "conv_relu_pool2d_tf32" if precision == "tf32" else "conv_relu_pool2d"

@@ -94,9 +94,9 @@ def test_options(options, head_dims, dtype):
 
 @pytest.mark.parametrize("head_dim", [40, 64, 128])
 @pytest.mark.parametrize("window", [(-1, -1), CAUSAL], ids=["full", "causal"])
-def test_float32(head_dim, window, monkeypatch):
+def test_float32(head_dim, window, float32_precision):
     """Three TF32 products where torch does not allow one."""
-    monkeypatch.setattr(torch.backends.cuda.matmul, "fp32_precision", "ieee")
+    float32_precision("ieee")
     check(Case((200, 300), (4, 2), (head_dim, head_dim), 2, window=window), "cuda")
 
 

@@ -51,13 +51,13 @@ LAYERS = {
 
 
 @pytest.fixture
-def exact(conv_precision):
-    conv_precision("ieee")
+def exact(float32_precision):
+    float32_precision("ieee")
 
 
 @pytest.fixture
-def tf32(conv_precision):
-    conv_precision("tf32")
+def tf32(float32_precision):
+    float32_precision("tf32")
 
 
 @pytest.fixture

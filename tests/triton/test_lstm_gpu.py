@@ -24,10 +24,9 @@ LONG = {
 
 
 @pytest.fixture
-def exact(monkeypatch):
+def exact(float32_precision):
     """cuDNN and the products around the kernels in full float32."""
-    monkeypatch.setattr(torch.backends.cudnn.rnn, "fp32_precision", "ieee")
-    monkeypatch.setattr(torch.backends.cuda.matmul, "fp32_precision", "ieee")
+    float32_precision("ieee")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
