@@ -119,7 +119,13 @@ def each_sample(op: Any, size: int, in_dims: tuple[Any, ...], args: tuple[Any, .
     )
 
 
-def forward_of(backward_op: Any) -> Any:
+def backward_op_of(op: Any) -> Any:
+    """`pyops::<op>_backward` of `pyops::<op>`."""
+    name = op._schema.name.removeprefix("pyops::")
+    return getattr(torch.ops.pyops, f"{name}_backward").default
+
+
+def forward_op_of(backward_op: Any) -> Any:
     """`pyops::<op>` of `pyops::<op>_backward`."""
     name = backward_op._schema.name.removeprefix("pyops::").removesuffix("_backward")
     return getattr(torch.ops.pyops, name).default

@@ -60,11 +60,6 @@ def _fake_backward(
     return tuple(grads)
 
 
-def backward_op_of(op: Any) -> Any:
-    name = op._schema.name.removeprefix("pyops::")
-    return getattr(torch.ops.pyops, f"{name}_backward").default
-
-
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     query, key, value, bias, alibi_slopes, sinks, rng_state, *options = inputs
     ctx.save_for_backward(query, key, value, *output, bias, alibi_slopes, sinks, rng_state)
@@ -101,34 +96,42 @@ def _backward_of(backward_op: Any) -> Any:
     return backward
 
 
-class EagerFunction(torch.autograd.Function):
+def eager_function(
+    save_for_backward: Callable[..., None], gradients: Callable[..., tuple[Tensor | None, ...]]
+) -> Any:
     """The same autograd rule without torch's wrapper for ops registered in Python.
 
     That wrapper costs about 100 µs a call; the public function goes through here in eager mode, through the
     registered rule everywhere else (compile, export, vmap, direct calls of the op).
     """
 
-    @staticmethod
-    def forward(ctx: Any, op: Any, spec: AttentionSpec, *inputs: Tensor | None) -> Any:
-        with torch._C._AutoDispatchBelowAutograd():
-            output = op(*inputs, *spec)
-        _save_for_backward(ctx, (*inputs, *spec), output)
-        ctx.set_materialize_grads(False)
-        ctx.backward_op = backward_op_of(op)
-        return output
-
-    @staticmethod
-    def backward(
-        ctx: Any, grad_output: Tensor | None, grad_lse: Tensor | None
-    ) -> tuple[Tensor | None, ...]:
-        arguments = (ctx, ctx.backward_op, grad_output, grad_lse, 2)
-        grads: tuple[Tensor | None, ...]
-        if torch.is_grad_enabled():  # a graph of the gradients is being built
-            grads = _gradients(*arguments)
-        else:
+    class EagerFunction(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, op: Any, spec: AttentionSpec, *inputs: Any) -> Any:
             with torch._C._AutoDispatchBelowAutograd():
-                grads = _gradients(*arguments)
-        return (None, None, *grads, None)
+                output = op(*inputs, *spec)
+            save_for_backward(ctx, (*inputs, *spec), output)
+            ctx.set_materialize_grads(False)
+            ctx.backward_op = registration.backward_op_of(op)
+            return output
+
+        @staticmethod
+        def backward(
+            ctx: Any, grad_output: Tensor | None, grad_lse: Tensor | None
+        ) -> tuple[Tensor | None, ...]:
+            arguments = (ctx, ctx.backward_op, grad_output, grad_lse, 2)
+            grads: tuple[Tensor | None, ...]
+            if torch.is_grad_enabled():  # a graph of the gradients is being built
+                grads = gradients(*arguments)
+            else:
+                with torch._C._AutoDispatchBelowAutograd():
+                    grads = gradients(*arguments)
+            return (None, None, *grads, None)
+
+    return EagerFunction
+
+
+EagerFunction = eager_function(_save_for_backward, _gradients)
 
 
 def second_order(

@@ -11,7 +11,7 @@ from ..reference import attention_varlen as reference
 from ..reference.attention import AttentionSpec, compute_dtype
 from . import _registration as registration
 from .attention_checks import unit_last
-from .attention_rules import backward_op_of, second_order
+from .attention_rules import eager_function, second_order
 
 _OP = "attention_varlen"
 
@@ -82,30 +82,7 @@ def _backward_of(backward_op: Any) -> Any:
     return backward
 
 
-class EagerFunction(torch.autograd.Function):
-    """The same autograd rule without torch's wrapper: see attention_rules.EagerFunction."""
-
-    @staticmethod
-    def forward(ctx: Any, op: Any, spec: AttentionSpec, *inputs: Any) -> Any:
-        with torch._C._AutoDispatchBelowAutograd():
-            output = op(*inputs, *spec)
-        _save_for_backward(ctx, (*inputs, *spec), output)
-        ctx.set_materialize_grads(False)
-        ctx.backward_op = backward_op_of(op)
-        return output
-
-    @staticmethod
-    def backward(
-        ctx: Any, grad_output: Tensor | None, grad_lse: Tensor | None
-    ) -> tuple[Tensor | None, ...]:
-        arguments = (ctx, ctx.backward_op, grad_output, grad_lse, 2)
-        grads: tuple[Tensor | None, ...]
-        if torch.is_grad_enabled():  # a graph of the gradients is being built
-            grads = _gradients(*arguments)
-        else:
-            with torch._C._AutoDispatchBelowAutograd():
-                grads = _gradients(*arguments)
-        return (None, None, *grads, None)
+EagerFunction = eager_function(_save_for_backward, _gradients)
 
 
 def _save_for_double_backward(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:

@@ -87,7 +87,7 @@ def _backward_of(backward_op: Any) -> Any:
             return (None,) * (4 + len(ctx.flat))
         input, weight, selector = ctx.saved_tensors
         if ctx.without_codes:  # what was saved instead is the bias
-            forward_op = registration.forward_of(backward_op)
+            forward_op = registration.forward_op_of(backward_op)
             with torch.no_grad():
                 _, selector = forward_op(input, weight, selector, *ctx.flat, True)
         grads = backward_op(grad_output, input, weight, selector, *ctx.flat, mask)
@@ -111,7 +111,7 @@ class EagerFunction(torch.autograd.Function):
         with torch._C._AutoDispatchBelowAutograd():
             output = op(input, weight, bias, *flat, True)
         _save_for_backward(ctx, (input, weight, bias, *flat, True), output)
-        ctx.backward_op = backward_op_of(op)
+        ctx.backward_op = registration.backward_op_of(op)
         ctx.given = (True, True, bias is not None)
         return output[0]
 
@@ -125,11 +125,6 @@ class EagerFunction(torch.autograd.Function):
             with torch._C._AutoDispatchBelowAutograd():
                 grads = _backward_of(ctx.backward_op)(ctx, grad_output, None, mask)
         return (*grads[:3], None, None)
-
-
-def backward_op_of(op: Any) -> Any:
-    name = op._schema.name.removeprefix("pyops::")
-    return getattr(torch.ops.pyops, f"{name}_backward").default
 
 
 def _save_for_double_backward(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:

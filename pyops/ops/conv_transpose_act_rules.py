@@ -105,7 +105,7 @@ class EagerFunction(torch.autograd.Function):
         with torch._C._AutoDispatchBelowAutograd():
             output = op(*tensors, *spec)
         _save_for_backward(ctx, (*tensors, *spec), output)
-        ctx.backward_op = backward_op_of(op)
+        ctx.backward_op = registration.backward_op_of(op)
         ctx.given = tuple(t is not None for t in tensors)
         return output
 
@@ -119,11 +119,6 @@ class EagerFunction(torch.autograd.Function):
             with torch._C._AutoDispatchBelowAutograd():
                 grads = _backward_of(ctx.backward_op)(ctx, grad_output, mask)
         return (*grads[:5], None, None)
-
-
-def backward_op_of(op: Any) -> Any:
-    name = op._schema.name.removeprefix("pyops::")
-    return getattr(torch.ops.pyops, f"{name}_backward").default
 
 
 def _save_for_double_backward(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:

@@ -87,7 +87,7 @@ def _call_backward(
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     batch_sizes, input, h0, c0, output, saved, *weights = ctx.saved_tensors
     if not ctx.saved:
-        forward_op = registration.forward_of(backward_op)
+        forward_op = registration.forward_op_of(backward_op)
         with torch.no_grad():
             output, _, _, saved = forward_op(input, h0, c0, weights, batch_sizes, *ctx.spec, True)
     return backward_op(
@@ -133,7 +133,7 @@ class EagerFunction(torch.autograd.Function):
         with torch._C._AutoDispatchBelowAutograd():
             results = op(*arguments)
         _save_for_backward(ctx, arguments, results)
-        ctx.backward_op = backward_op_of(op)
+        ctx.backward_op = registration.backward_op_of(op)
         return results[:3]
 
     @staticmethod
@@ -150,11 +150,6 @@ class EagerFunction(torch.autograd.Function):
         every = (*results[:3], *(results[3] or (None,) * len(asked[3:])))
         wanted = (grad if a else None for grad, a in zip(every, asked, strict=True))
         return (None, None, None, *wanted)
-
-
-def backward_op_of(op: Any) -> Any:
-    name = op._schema.name.removeprefix("pyops::")
-    return getattr(torch.ops.pyops, f"{name}_backward").default
 
 
 def _save_for_double_backward(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:

@@ -124,8 +124,8 @@ class Trainer(trainer.Trainer):
     def steps(self) -> Iterator[float]:
         self.model.train()
         optimizer = self.optimizers["model"]
-        for _ in range(STEPS_PER_EPOCH):
-            done = self.epoch * STEPS_PER_EPOCH + _ + 1
+        for step in range(STEPS_PER_EPOCH):
+            done = self.epoch * STEPS_PER_EPOCH + step + 1
             left = max(0.02, 1 - done / (EPOCHS * STEPS_PER_EPOCH))
             for group in optimizer.param_groups:
                 group["lr"] = self.settings.learning_rate * min(left, done / 40)
