@@ -1,6 +1,5 @@
-// Winograd transforms F(m x n, 3x3) with channels in the lanes. Only for *.isa.cpp files.
-// Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks" (2016); the points
-// of m = 4 are 0, +-5/8, +-3/2 and infinity, which lose far less accuracy than 0, +-1, +-2.
+// Winograd's transforms with channels in the lanes. Only for *.isa.cpp files.
+// Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks" (2016).
 #pragma once
 
 #include "simd_lanes.h"
@@ -8,13 +7,13 @@
 namespace pyops::cpu::PYOPS_ISA {
 namespace {
 
-// One dimension. input: m + 2 pixels -> positions, weight: 3 taps -> positions,
-// output: m + 2 positions -> m pixels.
-template <int m>
-struct Transform;
+// One dimension. input: pixels -> positions, weight: taps -> positions, output: positions ->
+// pixels.
 
-template <>
-struct Transform<2> {
+// Exact on small integers; so is F25Exact.
+struct F23 {
+  static constexpr int kOutputs = 2, kTaps = 3, kPixels = 4, kPositions = 4;
+
   PYOPS_INLINE static void input(const Vec (&d)[4], Vec (&v)[4]) {
     v[0] = d[0] - d[2];
     v[1] = d[1] + d[2];
@@ -34,9 +33,11 @@ struct Transform<2> {
   }
 };
 
-template <>
-struct Transform<4> {
-  // Every one of these is exact in binary.
+// The points 0, +-5/8, +-3/2 and infinity lose far less accuracy than 0, +-1, +-2; every product of
+// theirs is exact in binary.
+template <int outputs, int taps>
+struct SixPoints {
+  static constexpr int kOutputs = outputs, kTaps = taps, kPixels = 6, kPositions = 6;
   static constexpr float a = 0.625f, b = 1.5f, aa = a * a, bb = b * b;
 
   PYOPS_INLINE static void input(const Vec (&d)[6], Vec (&v)[6]) {
@@ -49,72 +50,123 @@ struct Transform<4> {
     v[4] = fma(odd_b, splat(-b), even_b);
     v[5] = fma(d[1], splat(aa * bb), fma(d[3], splat(-aa - bb), d[5]));
   }
-  PYOPS_INLINE static void weight(const Vec (&g)[3], Vec (&u)[6]) {
+  PYOPS_INLINE static void weight(const Vec (&g)[kTaps], Vec (&u)[6]) {
     constexpr float na = 1 / (2 * aa * (aa - bb)), nb = 1 / (2 * bb * (bb - aa));
-    const Vec even_a = fma(g[2], splat(aa), g[0]), even_b = fma(g[2], splat(bb), g[0]);
+    Vec even_a = fma(g[2], splat(aa), g[0]), even_b = fma(g[2], splat(bb), g[0]);
+    Vec odd_a = g[1], odd_b = g[1];
+    if constexpr (kTaps == 5) {
+      even_a = fma(g[4], splat(aa * aa), even_a), even_b = fma(g[4], splat(bb * bb), even_b);
+      odd_a = fma(g[3], splat(aa), odd_a), odd_b = fma(g[3], splat(bb), odd_b);
+    }
     u[0] = g[0] * (1 / (aa * bb));
-    u[1] = fma(g[1], splat(a), even_a) * na;
-    u[2] = fma(g[1], splat(-a), even_a) * na;
-    u[3] = fma(g[1], splat(b), even_b) * nb;
-    u[4] = fma(g[1], splat(-b), even_b) * nb;
-    u[5] = g[2];
+    u[1] = fma(odd_a, splat(a), even_a) * na;
+    u[2] = fma(odd_a, splat(-a), even_a) * na;
+    u[3] = fma(odd_b, splat(b), even_b) * nb;
+    u[4] = fma(odd_b, splat(-b), even_b) * nb;
+    u[5] = g[kTaps - 1];
   }
-  PYOPS_INLINE static void output(const Vec (&m)[6], Vec (&y)[4]) {
-    const Vec even_a = m[1] + m[2], odd_a = m[1] - m[2];
-    const Vec even_b = m[3] + m[4], odd_b = m[3] - m[4];
-    y[0] = m[0] + (even_a + even_b);
-    y[1] = fma(odd_a, splat(a), odd_b * b);
-    y[2] = fma(even_a, splat(aa), even_b * bb);
-    y[3] = fma(odd_a, splat(a * aa), fma(odd_b, splat(b * bb), m[5]));
+  PYOPS_INLINE static void output(const Vec (&x)[6], Vec (&y)[kOutputs]) {
+    const Vec even_a = x[1] + x[2], odd_a = x[1] - x[2];
+    const Vec even_b = x[3] + x[4], odd_b = x[3] - x[4];
+    y[0] = x[0] + (even_a + even_b);
+    if constexpr (kOutputs == 2) {
+      y[1] = fma(odd_a, splat(a), fma(odd_b, splat(b), x[5]));
+    } else {
+      y[1] = fma(odd_a, splat(a), odd_b * b);
+      y[2] = fma(even_a, splat(aa), even_b * bb);
+      y[3] = fma(odd_a, splat(a * aa), fma(odd_b, splat(b * bb), x[5]));
+    }
   }
 };
 
-// kHeight x kWidth outputs from (kHeight + 2) x (kWidth + 2) positions.
-template <int kHeight, int kWidth>
+using F43 = SixPoints<4, 3>;
+using F25 = SixPoints<2, 5>;
+
+// Three taps by F(2, 3), the other two by F(2, 2).
+struct F25Exact {
+  static constexpr int kOutputs = 2, kTaps = 5, kPixels = 6, kPositions = 7;
+
+  PYOPS_INLINE static void input(const Vec (&d)[6], Vec (&v)[7]) {
+    const Vec first[4] = {d[0], d[1], d[2], d[3]};
+    Vec positions[4];
+    F23::input(first, positions);
+    for (int i = 0; i < 4; ++i) v[i] = positions[i];
+    v[4] = d[3] - d[4];
+    v[5] = d[4];
+    v[6] = d[5] - d[4];
+  }
+  PYOPS_INLINE static void weight(const Vec (&g)[5], Vec (&u)[7]) {
+    const Vec first[3] = {g[0], g[1], g[2]};
+    Vec positions[4];
+    F23::weight(first, positions);
+    for (int i = 0; i < 4; ++i) u[i] = positions[i];
+    u[4] = g[3];
+    u[5] = g[3] + g[4];
+    u[6] = g[4];
+  }
+  PYOPS_INLINE static void output(const Vec (&x)[7], Vec (&y)[2]) {
+    const Vec first[4] = {x[0], x[1], x[2], x[3]};
+    F23::output(first, y);
+    y[0] += x[4] + x[5];
+    y[1] += x[5] + x[6];
+  }
+};
+
+// Two dimensions: kHeight x kWidth outputs from kRows x kColumns positions.
+template <class Down, class Across>
 struct Winograd {
-  static constexpr int kRows = kHeight + 2, kColumns = kWidth + 2;
+  static_assert(Down::kTaps == Across::kTaps);
+  static constexpr int kTaps = Down::kTaps;
+  static constexpr int kHeight = Down::kOutputs, kWidth = Across::kOutputs;
+  static constexpr int kRows = Down::kPositions, kColumns = Across::kPositions;
   static constexpr int kPositions = kRows * kColumns;
 
   // d: first pixel of the tile, rows `pitch` floats apart; v: positions `stride` floats apart.
   PYOPS_INLINE static void input(const float* d, int64_t pitch, float* v, int64_t stride) {
-    Vec half[kColumns][kRows];
-#pragma GCC unroll 6
-    for (int i = 0; i < kRows; ++i) {
-      Vec row[kColumns], out[kColumns];
-#pragma GCC unroll 6
-      for (int j = 0; j < kColumns; ++j) row[j] = load(d + i * pitch + j * kLanes);
-      Transform<kWidth>::input(row, out);
-#pragma GCC unroll 6
+    Vec half[kColumns][Down::kPixels];
+#pragma GCC unroll 7
+    for (int i = 0; i < Down::kPixels; ++i) {
+      Vec row[Across::kPixels], out[kColumns];
+#pragma GCC unroll 7
+      for (int j = 0; j < Across::kPixels; ++j) row[j] = load(d + i * pitch + j * kLanes);
+      Across::input(row, out);
+#pragma GCC unroll 7
       for (int j = 0; j < kColumns; ++j) half[j][i] = out[j];
     }
-#pragma GCC unroll 6
+#pragma GCC unroll 7
     for (int j = 0; j < kColumns; ++j) {
       Vec out[kRows];
-      Transform<kHeight>::input(half[j], out);
-#pragma GCC unroll 6
+      Down::input(half[j], out);
+#pragma GCC unroll 7
       for (int i = 0; i < kRows; ++i) store(v + (i * kColumns + j) * stride, out[i]);
     }
   }
 
   // Bit i * kWidth + j is set where output (i, j) of that tile sees zeros only.
   PYOPS_INLINE static int blank_outputs(const float* d, int64_t pitch) {
-    VecInt across[kRows][kWidth];
-#pragma GCC unroll 6
-    for (int i = 0; i < kRows; ++i) {
-      VecInt row[kColumns];
-#pragma GCC unroll 6
-      for (int j = 0; j < kColumns; ++j) {
+    VecInt across[Down::kPixels][kWidth];
+#pragma GCC unroll 7
+    for (int i = 0; i < Down::kPixels; ++i) {
+      VecInt row[Across::kPixels];
+#pragma GCC unroll 7
+      for (int j = 0; j < Across::kPixels; ++j) {
         row[j] = reinterpret_cast<VecInt>(load(d + i * pitch + j * kLanes));
       }
-#pragma GCC unroll 6
-      for (int j = 0; j < kWidth; ++j) across[i][j] = row[j] | row[j + 1] | row[j + 2];
+#pragma GCC unroll 7
+      for (int j = 0; j < kWidth; ++j) {
+        across[i][j] = row[j];
+#pragma GCC unroll 4
+        for (int tap = 1; tap < kTaps; ++tap) across[i][j] |= row[j + tap];
+      }
     }
     int blank = 0;
-#pragma GCC unroll 6
+#pragma GCC unroll 7
     for (int i = 0; i < kHeight; ++i) {
-#pragma GCC unroll 6
+#pragma GCC unroll 7
       for (int j = 0; j < kWidth; ++j) {
-        const VecInt bits = across[i][j] | across[i + 1][j] | across[i + 2][j];
+        VecInt bits = across[i][j];
+#pragma GCC unroll 4
+        for (int tap = 1; tap < kTaps; ++tap) bits |= across[i + tap][j];
         const VecInt seen = (bits & 0x7fffffff) != 0;  // a negative zero is one, too
         if (!any(seen)) blank |= 1 << (i * kWidth + j);
       }
@@ -122,23 +174,23 @@ struct Winograd {
     return blank;
   }
 
-  // g: nine taps, one vector each; u: positions `stride` floats apart.
+  // g: the taps, one vector each; u: positions `stride` floats apart.
   PYOPS_INLINE static void weight(const float* g, float* u, int64_t stride) {
-    Vec half[kColumns][3];
-#pragma GCC unroll 3
-    for (int i = 0; i < 3; ++i) {
-      const Vec row[3] = {load(g + (3 * i) * kLanes), load(g + (3 * i + 1) * kLanes),
-                          load(g + (3 * i + 2) * kLanes)};
-      Vec out[kColumns];
-      Transform<kWidth>::weight(row, out);
-#pragma GCC unroll 6
+    Vec half[kColumns][kTaps];
+#pragma GCC unroll 5
+    for (int i = 0; i < kTaps; ++i) {
+      Vec row[kTaps], out[kColumns];
+#pragma GCC unroll 5
+      for (int j = 0; j < kTaps; ++j) row[j] = load(g + (kTaps * i + j) * kLanes);
+      Across::weight(row, out);
+#pragma GCC unroll 7
       for (int j = 0; j < kColumns; ++j) half[j][i] = out[j];
     }
-#pragma GCC unroll 6
+#pragma GCC unroll 7
     for (int j = 0; j < kColumns; ++j) {
       Vec out[kRows];
-      Transform<kHeight>::weight(half[j], out);
-#pragma GCC unroll 6
+      Down::weight(half[j], out);
+#pragma GCC unroll 7
       for (int i = 0; i < kRows; ++i) store(u + (i * kColumns + j) * stride, out[i]);
     }
   }
@@ -146,17 +198,17 @@ struct Winograd {
   // m: positions `stride` floats apart.
   PYOPS_INLINE static void output(const float* m, int64_t stride, Vec (&y)[kHeight][kWidth]) {
     Vec half[kHeight][kColumns];
-#pragma GCC unroll 6
+#pragma GCC unroll 7
     for (int j = 0; j < kColumns; ++j) {
       Vec column[kRows], out[kHeight];
-#pragma GCC unroll 6
+#pragma GCC unroll 7
       for (int i = 0; i < kRows; ++i) column[i] = load(m + (i * kColumns + j) * stride);
-      Transform<kHeight>::output(column, out);
-#pragma GCC unroll 6
+      Down::output(column, out);
+#pragma GCC unroll 7
       for (int i = 0; i < kHeight; ++i) half[i][j] = out[i];
     }
-#pragma GCC unroll 6
-    for (int i = 0; i < kHeight; ++i) Transform<kWidth>::output(half[i], y[i]);
+#pragma GCC unroll 7
+    for (int i = 0; i < kHeight; ++i) Across::output(half[i], y[i]);
   }
 };
 

@@ -1,5 +1,5 @@
-// 3x3 convolution by Winograd's method with activation and pooling fused: a Winograd tile is a
-// set of whole pooling windows, so that the convolution's own output never reaches memory.
+// 3x3 and 5x5 convolution by Winograd's method with activation and pooling fused: a Winograd tile
+// is a set of whole pooling windows, so that the convolution's own output never reaches memory.
 //
 // A block of tiles (kBlockTiles of them) goes through
 //   pack    pixels of kLanes channels around the block -> (row, column, lane), borders zero
@@ -107,12 +107,13 @@ constexpr GemmRows kGemm[] = {gemm_rows<1>, gemm_rows<2>, gemm_rows<3>, gemm_row
                               gemm_rows<5>, gemm_rows<6>, gemm_rows<7>};
 static_assert(kGemmRows <= sizeof(kGemm) / sizeof(kGemm[0]));
 
-template <int kHeight, int kWidth>
-class Forward : public WinogradBlocks<kHeight, kWidth> {
-  using Base = WinogradBlocks<kHeight, kWidth>;
+template <class Down, class Across>
+class Forward : public WinogradBlocks<Down, Across> {
+  using Base = WinogradBlocks<Down, Across>;
   using Base::block_columns, Base::block_rows, Base::tiles_h, Base::tiles_w;
   using Base::finish, Base::m_size, Base::make_block, Base::max_tiles, Base::num_blocks;
-  using Base::kPositions, Base::p, Base::epilogue, Base::groups, Base::output_blocks;
+  using Base::kHeight, Base::kWidth, Base::kTaps, Base::kPositions, Base::p, Base::epilogue,
+      Base::groups, Base::output_blocks;
   using typename Base::Block, typename Base::Segment, typename Base::Tile;
   // Codes tell whether an output is above zero. Where it sees zeros only and the bias is zero, the
   // transforms' rounding must not decide that.
@@ -139,7 +140,8 @@ class Forward : public WinogradBlocks<kHeight, kWidth> {
   // v: this block's V; blank: (group, kMaxTiles) of Tile::blank_outputs.
   void transform_input(const Block& block, int64_t first_group, int64_t last_group, float* v,
                        uint8_t* blank) const {
-    const int64_t pixels = (block_rows * kHeight + 2) * (block_columns * kWidth + 2) + kLanes;
+    const int64_t pixels =
+        (block_rows * kHeight + kTaps - 1) * (block_columns * kWidth + kTaps - 1) + kLanes;
     float* const packed = static_cast<float*>(scratch(6, pixels * kLanes * sizeof(float)));
     const int64_t stride = v_stride(block.tiles);
     for (int64_t group = first_group; group < last_group; ++group) {
@@ -147,10 +149,10 @@ class Forward : public WinogradBlocks<kHeight, kWidth> {
       uint8_t* blank_to = blank + group * kMaxTiles;
       for (int s = 0; s < block.num_segments; ++s) {
         const Segment& g = block.segments[s];
-        const int columns = g.columns * kWidth + 2;
+        const int columns = g.columns * kWidth + kTaps - 1;
         with_type(p.dtype, [&](auto t) {
           pack<decltype(t)>(p, g.image, g.y * kHeight - p.pad_h, g.x * kWidth - p.pad_w,
-                            g.rows * kHeight + 2, columns, group, packed);
+                            g.rows * kHeight + kTaps - 1, columns, group, packed);
         });
         for (int y = 0; y < g.rows; ++y) {
           for (int x = 0; x < g.columns; ++x, to += kLanes) {
@@ -169,15 +171,16 @@ class Forward : public WinogradBlocks<kHeight, kWidth> {
   // first_group * kLanes on.
   void transform_weights(int64_t output_block, int64_t first_group, int64_t last_group, float* u,
                          int64_t stride) const {
-    alignas(64) float taps[9 * kLanes * kLanes];
+    alignas(64) float taps[kTaps * kTaps * kLanes * kLanes];
     for (int64_t group = first_group; group < last_group; ++group) {
       const int live = static_cast<int>(smaller(kLanes, p.in_channels - group * kLanes));
       for (int vec = 0; vec < kBlockVecs; ++vec) {
         const int64_t k0 = output_block * kBlockChannels + vec * kLanes;
-        with_type(p.dtype, [&](auto t) { load_weights<decltype(t)>(p, k0, group, live, taps); });
+        with_type(p.dtype,
+                  [&](auto t) { load_weights<kTaps, decltype(t)>(p, k0, group, live, taps); });
         float* const to = u + (group - first_group) * kLanes * kBlockChannels + vec * kLanes;
         for (int c = 0; c < live; ++c) {
-          Tile::weight(taps + c * 9 * kLanes, to + c * kBlockChannels, stride);
+          Tile::weight(taps + c * kTaps * kTaps * kLanes, to + c * kBlockChannels, stride);
         }
       }
     }
@@ -261,32 +264,45 @@ class Forward : public WinogradBlocks<kHeight, kWidth> {
   }
 };
 
+// Multiply-adds of a direct convolution.
+int64_t direct_cost(const ConvReluPoolParams& p) {
+  const int64_t window = p.pool == Pool::kNone ? 1 : 4;
+  return p.batch * p.out_h * p.out_w * window * p.kernel_h * p.kernel_w * p.in_channels *
+         p.out_channels;
+}
+
+// Runs the tile that is given, if it saves a fifth of a direct convolution's products.
+template <class Tiles>
+bool run_if_cheap(const ConvReluPoolParams& p, const Tiles& tiles) {
+  if (tiles.cost() * 5 > direct_cost(p) * 4) return false;
+  tiles.run();
+  return true;
+}
+
 }  // namespace
 
 bool conv_relu_pool_winograd(const ConvReluPoolParams& p) {
-  if (p.dtype == DType::kDouble || p.in_channels < 8 || !suits_winograd(p)) return false;
-  const int64_t window = p.pool == Pool::kNone ? 1 : 4;
-  const int64_t direct = p.batch * p.out_h * p.out_w * window * 9 * p.in_channels * p.out_channels;
-  const Forward<2, 2> small(p);
-  const Forward<2, 4> medium(p);
-  if (smaller(small.cost(), medium.cost()) * 5 > direct * 4) return false;
-  // With codes, only the smallest tile: it is exact on small integers and gives equal outputs for
-  // equal pixels, so that ties and zeros fall as they do in a direct convolution. It also has half
-  // the rounding error, worth a fifth of the time.
+  if (p.dtype == DType::kDouble || p.in_channels < 8) return false;
+  // With codes, only tiles that are exact on small integers and give equal outputs for equal
+  // pixels, so that ties and zeros fall as they do in a direct convolution.
+  if (suits_winograd(p, 5)) {
+    if (p.dtype == DType::kBFloat16) return false;  // direct, by bfloat16 dot products, is faster
+    if (p.codes != nullptr) return run_if_cheap(p, Forward<F25Exact, F25Exact>(p));
+    return run_if_cheap(p, Forward<F25Exact, F25>(p));  // F25 both ways exceeds the error budget
+  }
+  if (!suits_winograd(p, 3)) return false;
+  const Forward<F23, F23> small(p);
+  const Forward<F23, F43> medium(p);
+  // The smallest tile has half the rounding error, worth a fifth of the time.
   if (p.codes != nullptr || (p.dtype == DType::kFloat && small.cost() * 4 < medium.cost() * 5)) {
-    small.run();
-    return true;
+    return run_if_cheap(p, small);
   }
   // What fp32 loses inside the largest tile is far below what 16-bit outputs are rounded to.
   if (p.dtype != DType::kFloat) {
-    const Forward<4, 4> large(p);
-    if (large.cost() < medium.cost()) {
-      large.run();
-      return true;
-    }
+    const Forward<F43, F43> large(p);
+    if (large.cost() < medium.cost()) return run_if_cheap(p, large);
   }
-  medium.run();
-  return true;
+  return run_if_cheap(p, medium);
 }
 
 }  // namespace pyops::cpu::PYOPS_ISA

@@ -17,45 +17,48 @@ PYOPS_INLINE int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
 // The weights of one channel group and kLanes output channels from k0 on, (channel, tap, lane),
 // zeros where there are none.
-template <class T>
+template <int kTaps, class T>
 PYOPS_INLINE void load_weights(const ConvReluPoolParams& p, int64_t k0, int64_t group, int live,
                                float* taps) {
-  const T* const weight = static_cast<const T*>(p.weight) + k0 * p.in_channels * 9;
+  constexpr int kArea = kTaps * kTaps;
+  const T* const weight = static_cast<const T*>(p.weight) + k0 * p.in_channels * kArea;
   const bool last = p.weight_channels_last;
-  for (int j = 0; j < 9; ++j) {
-    // A row of kLanes numbers: as many channels of one tap, or a ninth of all taps of these
+  for (int j = 0; j < kArea; ++j) {
+    // A row of kLanes numbers: as many channels of one tap, or 1 / kArea of all taps of these
     // channels.
-    const int64_t at = last ? j * p.in_channels + group * kLanes : group * kLanes * 9 + j * kLanes;
-    const int count = last ? live : live * 9 - j * kLanes;
+    const int64_t at =
+        last ? j * p.in_channels + group * kLanes : group * kLanes * kArea + j * kLanes;
+    const int count = last ? live : live * kArea - j * kLanes;
     Vec block[kLanes];
 #pragma GCC unroll 16
     for (int i = 0; i < kLanes; ++i) {
-      const T* const from = weight + (i * p.in_channels * 9 + at);
+      const T* const from = weight + (i * p.in_channels * kArea + at);
       __builtin_prefetch(from +
-                         (last ? kLanes : 9 * kLanes));  // the next group's: rows are far apart
+                         (last ? kLanes : kArea * kLanes));  // the next group's: rows are far apart
       block[i] = k0 + i < p.out_channels && count > 0 ? load_first(from, count) : Vec{};
     }
     transpose(block);
     float* const to = taps + j * kLanes * (last ? 1 : kLanes);
 #pragma GCC unroll 16
-    for (int i = 0; i < kLanes; ++i) store(to + i * kLanes * (last ? 9 : 1), block[i]);
+    for (int i = 0; i < kLanes; ++i) store(to + i * kLanes * (last ? kArea : 1), block[i]);
   }
 }
 
 // One convolution output as defined, for tiles that an infinity or NaN has spread through.
-template <class T>
+template <int kTaps, class T>
 float direct_value(const ConvReluPoolParams& p, int64_t n, int64_t k, int64_t y, int64_t x) {
   const T* const input = static_cast<const T*>(p.input);
-  const T* const weight = static_cast<const T*>(p.weight) + k * p.in_channels * 9;
+  constexpr int kArea = kTaps * kTaps;
+  const T* const weight = static_cast<const T*>(p.weight) + k * p.in_channels * kArea;
   const int64_t tap = p.weight_channels_last ? p.in_channels : 1;
-  const int64_t channel = p.weight_channels_last ? 1 : 9;
+  const int64_t channel = p.weight_channels_last ? 1 : kArea;
   const int64_t plane = p.in_h * p.in_w, step = p.channels_last ? 1 : plane;
   const int64_t pixel = p.channels_last ? p.in_channels : 1;
   double sum = 0;  // in which no part overflows
   for (int64_t c = 0; c < p.in_channels; ++c) {
     const T* const from = input + n * p.in_channels * plane + c * step;
-    for (int64_t i = 0; i < 9; ++i) {
-      const int64_t iy = y - p.pad_h + i / 3, ix = x - p.pad_w + i % 3;
+    for (int64_t i = 0; i < kArea; ++i) {
+      const int64_t iy = y - p.pad_h + i / kTaps, ix = x - p.pad_w + i % kTaps;
       if (iy < 0 || iy >= p.in_h || ix < 0 || ix >= p.in_w) continue;
       sum += static_cast<double>(to_float(weight[c * channel + i * tap])) *
              to_float(from[(iy * p.in_w + ix) * pixel]);
@@ -63,11 +66,13 @@ float direct_value(const ConvReluPoolParams& p, int64_t n, int64_t k, int64_t y,
   }
   return static_cast<float>(sum);
 }
+
 // A convolution cut into tiles of kHeight x kWidth outputs, whole pooling windows each.
-template <int kHeight, int kWidth>
+template <class Down, class Across>
 class WinogradBlocks {
  protected:
-  using Tile = Winograd<kHeight, kWidth>;
+  using Tile = Winograd<Down, Across>;
+  static constexpr int kHeight = Tile::kHeight, kWidth = Tile::kWidth, kTaps = Tile::kTaps;
   static constexpr int kPositions = Tile::kPositions;
   static constexpr int kMaxRows = kMaxTiles * kHeight * kWidth;  // of a tile of outputs
 
@@ -164,7 +169,7 @@ class WinogradBlocks {
         const T* const bias = static_cast<const T*>(p.bias);
         for (int i = 0; i < kHeight * kWidth; ++i) {
           const float value =
-              direct_value<T>(p, g->image, k0 + lane, y0 + i / kWidth, x0 + i % kWidth);
+              direct_value<kTaps, T>(p, g->image, k0 + lane, y0 + i / kWidth, x0 + i % kWidth);
           y[i / kWidth][i % kWidth][lane] = value + (bias ? to_float(bias[k0 + lane]) : 0.0f);
         }
       }
@@ -289,8 +294,8 @@ class WinogradBlocks {
       const double products = static_cast<double>(tiles + 2 * ceil_div(tiles, gemm_rows)) *
                               kPositions * output_blocks * kBlockChannels;
       const int64_t images = ceil_div(rows, tiles_h);
-      const double packing = static_cast<double>(rows * kHeight + 2 * images) *
-                             (ceil_div(columns * kWidth + 2, kLanes) + 3) * 10 * kLanes;
+      const double packing = static_cast<double>(rows * kHeight + (kTaps - 1) * images) *
+                             (ceil_div(columns * kWidth + kTaps - 1, kLanes) + 3) * 10 * kLanes;
       const double cycles = (products + packing) * ceil_div(total_rows, rows) * across;
       if (best == 0 || cycles < best) {
         best = cycles;
@@ -305,9 +310,9 @@ class WinogradBlocks {
 };
 
 // Whether the geometry is one that these kernels take.
-PYOPS_INLINE bool suits_winograd(const ConvReluPoolParams& p) {
-  if (p.groups != 1 || p.kernel_h != 3 || p.kernel_w != 3 || p.stride_h != 1 || p.stride_w != 1 ||
-      p.dilation_h != 1 || p.dilation_w != 1) {
+PYOPS_INLINE bool suits_winograd(const ConvReluPoolParams& p, int taps) {
+  if (p.groups != 1 || p.kernel_h != taps || p.kernel_w != taps || p.stride_h != 1 ||
+      p.stride_w != 1 || p.dilation_h != 1 || p.dilation_w != 1) {
     return false;
   }
   return p.pool == Pool::kNone || (p.pool_h == 2 && p.pool_w == 2 && p.pool_stride_h == 2 &&

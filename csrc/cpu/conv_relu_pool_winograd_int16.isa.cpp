@@ -42,7 +42,7 @@ constexpr double constant_root(double x) {
   return root;
 }
 constexpr PositionNorms make_position_norms() {
-  using T = Transform<4>;
+  using T = F43;
   constexpr double aa = T::aa, bb = T::bb;
   constexpr double na = 1 / (2 * aa * (bb - aa)), nb = 1 / (2 * bb * (bb - aa));
   const double a = na * constant_root(1 + aa + aa * aa), b = nb * constant_root(1 + bb + bb * bb);
@@ -170,14 +170,14 @@ PYOPS_INLINE void transform_tile(const float* words, int64_t pitch, Vec balance,
       row[2 * j] = reinterpret_cast<Vec>(_mm512_slli_epi32(word, 16)) * balance;
       row[2 * j + 1] = reinterpret_cast<Vec>(odd) * balance;
     }
-    Transform<4>::input(row, out);
+    F43::input(row, out);
 #pragma GCC unroll 6
     for (int j = 0; j < 6; ++j) half[j][i] = out[j];
   }
 #pragma GCC unroll 6
   for (int j = 0; j < 6; ++j) {
     Vec out[6];
-    Transform<4>::input(half[j], out);
+    F43::input(half[j], out);
 #pragma GCC unroll 6
     for (int i = 0; i < 6; ++i) store(v + (i * 6 + j) * kSumChannels, out[i]);
   }
@@ -264,7 +264,7 @@ constexpr GemmRows kGemm[kGemmRows] = {gemm_rows<1>,  gemm_rows<2>,  gemm_rows<3
                                        gemm_rows<9>,  gemm_rows<10>, gemm_rows<11>, gemm_rows<12>,
                                        gemm_rows<13>, gemm_rows<14>};
 
-class Forward : public WinogradBlocks<4, 4> {
+class Forward : public WinogradBlocks<F43, F43> {
  public:
   explicit Forward(const ConvReluPoolParams& params)
       : WinogradBlocks(params, kBlockTiles, kGemmRows) {
@@ -380,7 +380,7 @@ class Forward : public WinogradBlocks<4, 4> {
         const int64_t group = sum * kSumGroups + g;
         const int live = static_cast<int>(smaller(kLanes, p.in_channels - group * kLanes));
         float* to = taps + g * 9 * kLanes * kLanes;
-        load_weights<BFloat16>(p, k0, group, live, to);
+        load_weights<3, BFloat16>(p, k0, group, live, to);
         for (int c = 0; c < kLanes; ++c, to += 9 * kLanes) {
           const Vec factor = splat(c < live ? inverse[group * kLanes + c] : 0.0f);
           Vec channel{};
@@ -506,7 +506,7 @@ class Forward : public WinogradBlocks<4, 4> {
 
 bool conv_relu_pool_winograd_int16(const ConvReluPoolParams& p) {
   if (p.dtype != DType::kBFloat16 || p.codes != nullptr || p.in_channels < 8 ||
-      !suits_winograd(p)) {
+      !suits_winograd(p, 3)) {
     return false;
   }
   const int64_t window = p.pool == Pool::kNone ? 1 : 4;

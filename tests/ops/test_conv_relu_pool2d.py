@@ -115,10 +115,12 @@ def test_pools_in_other_dtypes(pool, dtype):
 @pytest.mark.parametrize(
     "channels", [(1, 1), (1, 32), (3, 20), (17, 16), (32, 64), (48, 40)], ids=str
 )
-def test_sizes_of_the_fast_paths(size, channels, channels_last):
+@pytest.mark.parametrize("kernel", [3, 5])
+def test_sizes_of_the_fast_paths(kernel, size, channels, channels_last):
     c, k = channels
-    x, w, b = make_inputs((4, c, *size), (k, c, 3, 3), channels_last=channels_last)
-    check(x, w, b, padding=1)
+    x, w, b = make_inputs((4, c, *size), (k, c, kernel, kernel), channels_last=channels_last)
+    check(x, w, b, padding=kernel // 2)
+    check(x, w, b, padding=kernel // 2, gradients=False)
 
 
 # The shapes the CPU kernels are tuned on, with batches cut to what a test can afford.

@@ -1,4 +1,4 @@
-"""3x3 convolutions under pools whose windows overlap, are padded or large: Winograd's sums, then the pool."""
+"""3x3 and 5x5 convolutions under pools whose windows overlap, are padded or large: Winograd's sums, then the pool."""
 
 import pytest
 import torch
@@ -21,6 +21,8 @@ SHAPES = {
     "few": ((1, 64, 13, 13), (128, 64, 3, 3)),
     "many": ((2, 24, 31, 29), (40, 24, 3, 3)),
     "odd": ((3, 17, 14, 15), (19, 17, 3, 3)),
+    "5x5": ((2, 24, 19, 17), (40, 24, 5, 5)),
+    "5x5, few": ((1, 40, 13, 14), (128, 40, 5, 5)),
 }
 
 

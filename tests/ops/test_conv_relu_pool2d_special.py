@@ -18,6 +18,7 @@ PATHS = {
     "sixteen channels": (16, 32, 3, {"padding": 1}),
     "many channels": (64, 64, 3, {"padding": 1}),
     "5x5": (8, 16, 5, {"padding": 2}),
+    "5x5, many channels": (24, 64, 5, {"padding": 2}),
     "1x1": (8, 16, 1, {}),
     "stride 2": (8, 16, 3, {"stride": 2, "padding": 1}),
     "depthwise": (16, 16, 3, {"groups": 16, "padding": 1}),

@@ -15,6 +15,7 @@ from pyops.nn import ConvReLUPool2d
 PATHS = {
     "few channels": (3, 32, 3, {"padding": 1}),
     "winograd": (64, 64, 3, {"padding": 1}),
+    "winograd 5x5": (64, 64, 5, {"padding": 2}),
     "direct": (8, 16, 5, {"padding": 2}),
     "depthwise": (16, 16, 3, {"padding": 1, "groups": 16}),
     "scalar": (4, 5, 3, {"dilation": 2, "groups": 1}),
