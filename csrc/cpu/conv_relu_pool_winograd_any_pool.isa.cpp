@@ -1,4 +1,4 @@
-// 3x3 convolution by Winograd's method under a pool whose windows are no Winograd tiles:
+// 3x3 and 5x5 convolution by Winograd's method under a pool whose windows are no Winograd tiles:
 // overlapping ones, padded ones, larger ones. The sums of a few images are written out, then pooled
 // while they are in cache.
 #include "conv_relu_pool_finish.h"

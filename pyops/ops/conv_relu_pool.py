@@ -322,7 +322,8 @@ def _slower_on_cpu(
         return True  # packing the weights costs as much as using them
     if pixels < 200 and out_channels * group_channels >= 2**16 and half and needs_grad:
         return True
-    if (kernel_h, kernel_w, *spec.stride, *spec.dilation) == (3, 3, 1, 1, 1, 1):
+    winograd = ((3, 3), (5, 5)) if dtype != torch.bfloat16 else ((3, 3),)
+    if (kernel_h, kernel_w) in winograd and (*spec.stride, *spec.dilation) == (1, 1, 1, 1):
         return False
     return spec.pool == "none" and taps > 1 and group_channels >= 64
 
