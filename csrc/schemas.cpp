@@ -47,6 +47,9 @@ STABLE_TORCH_LIBRARY(pyops, m) {
       ", bool[5] output_mask) -> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias, Tensor "
       "grad_scale, Tensor grad_shift)");
   m.def(
+      "linear_act(Tensor input, Tensor weight, Tensor? bias, str activation, float negative_slope) "
+      "-> Tensor");
+  m.def(
       "attention(Tensor query, Tensor key, Tensor value, Tensor? bias, Tensor? alibi_slopes, "
       "Tensor? sinks, Tensor? rng_state, " PYOPS_ATTENTION_OPTIONS
       ") -> (Tensor output, Tensor lse)");

@@ -16,11 +16,13 @@ from .ops import attention_rules as _attention  # noqa: E402
 from .ops import attention_varlen_rules as _attention_varlen  # noqa: E402
 from .ops import conv_relu_pool_rules as _conv_relu_pool  # noqa: E402
 from .ops import conv_transpose_act_rules as _conv_transpose_act  # noqa: E402
+from .ops import linear_act_rules as _linear_act  # noqa: E402
 from .ops import lstm_rules as _lstm  # noqa: E402
 
 if backends.schemas_loaded():
     _conv_relu_pool.register()
     _conv_transpose_act.register()
+    _linear_act.register()
     _attention.register()
     _attention_varlen.register()
     _attention_decode.register()
@@ -33,6 +35,7 @@ from .ops.attention_decode import attention_decode  # noqa: E402
 from .ops.attention_varlen import attention_varlen  # noqa: E402
 from .ops.conv_relu_pool import conv_relu_pool2d  # noqa: E402
 from .ops.conv_transpose_act import conv_transpose2d_act  # noqa: E402
+from .ops.linear_act import linear_act  # noqa: E402
 from .ops.lstm import lstm  # noqa: E402
 from .ops.sdpa import scaled_dot_product_attention  # noqa: E402
 from .optimize import optimize, optimized, restore  # noqa: E402
@@ -47,6 +50,7 @@ __all__ = [
     "backends",
     "conv_relu_pool2d",
     "conv_transpose2d_act",
+    "linear_act",
     "lstm",
     "merge_attention",
     "nn",

@@ -31,6 +31,7 @@ PROVEN = _read_proven()
 OPS: dict[str, tuple[str, ...]] = {
     "conv_relu_pool2d": ("cpu", "triton", "cuda"),
     "conv_transpose2d_act": ("cpu", "triton"),
+    "linear_act": ("cpu",),
     "attention": ("cpu", "triton"),
     "attention_varlen": ("cpu", "triton"),
     "attention_decode": ("cpu", "triton"),

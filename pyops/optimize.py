@@ -13,13 +13,14 @@ from pyops._swap import chains, lstm, multihead, sequential
 from pyops._swap.attention import ATTENTION
 from pyops._swap.conv_pool import CONV_POOL
 from pyops._swap.conv_transpose import CONV_TRANSPOSE
+from pyops._swap.linear import LINEAR
 from pyops._swap.report import Entry, Report, Run
 from pyops._swap.resolve import is_torchs_own
 from pyops._swap.source import SourceUnavailable
 
 __all__ = ["Entry", "Report", "optimize", "optimized", "restore"]
 
-PATTERNS = (CONV_POOL, CONV_TRANSPOSE, ATTENTION)
+PATTERNS = (CONV_POOL, CONV_TRANSPOSE, ATTENTION, LINEAR)
 SINGLE = (nn.LSTM, nn.MultiheadAttention)  # modules that an op stands in for by themselves
 # What exported programs call instead of torch's functions, by the names of `torch.ops.aten`.
 ATEN = ("conv2d", "conv_transpose2d", "lstm", "scaled_dot_product_attention")
@@ -155,7 +156,7 @@ def _replicate_for_data_parallel(self: nn.Module) -> nn.Module:
 
 
 def _may_be_swapped(module: nn.Module) -> bool:
-    return isinstance(module, SINGLE) or any(p.starts(module) for p in PATTERNS)
+    return isinstance(module, SINGLE) or any(p.starts(module) and not p.common for p in PATTERNS)
 
 
 def _own_stand_ins(module: nn.Module) -> dict[str, MethodType]:

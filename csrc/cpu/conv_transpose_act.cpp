@@ -29,16 +29,6 @@ using MaybeTensor = std::optional<Tensor>;
 
 constexpr int64_t kVectorFloats = 16;  // what kernels may read beyond bias, scale and shift
 
-OutputActivation activation_of(const std::string& name) {
-  if (name == "relu") return OutputActivation::kRelu;
-  if (name == "leaky_relu") return OutputActivation::kLeakyRelu;
-  if (name == "tanh") return OutputActivation::kTanh;
-  if (name == "sigmoid") return OutputActivation::kSigmoid;
-  STD_TORCH_CHECK(name == "none",
-                  "activation: expected relu, leaky_relu, tanh, sigmoid or none, got ", name);
-  return OutputActivation::kNone;
-}
-
 double widen(double x) { return x; }
 float widen(float x) { return x; }
 float widen(BFloat16 x) { return baseline::to_float(x); }
@@ -111,7 +101,7 @@ ConvTransposeParams make_params(const Tensor& input, const Tensor& weight, const
             g.output_pad_w + 1;
   STD_TORCH_CHECK(p.out_h > 0 && p.out_w > 0, "input: ", shape_of(input),
                   " is too small for its padding");
-  p.activation = activation_of(activation);
+  p.activation = output_activation_of(activation);
   p.negative_slope = static_cast<float>(negative_slope);
   p.dtype = dtype_of("input", input);
   p.channels_last = lies_channels_last(input);

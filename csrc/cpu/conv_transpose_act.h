@@ -5,10 +5,9 @@
 
 #include "dtype.h"
 #include "isa.h"
+#include "output_activation.h"
 
 namespace pyops::cpu {
-
-enum class OutputActivation : int { kNone, kRelu, kLeakyRelu, kTanh, kSigmoid };
 
 // output = activation((conv_transpose(input, weight) + bias) * scale + shift), the last three by
 // channel.

@@ -1,4 +1,5 @@
-// Between torch's tensors and the kernels' plain pointers: dtypes, and new tensors on the CPU.
+// Between torch's arguments and the kernels' plain ones: dtypes, activations, and new tensors on
+// the CPU.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -6,10 +7,12 @@
 
 #include <array>
 #include <cstdint>
+#include <string>
 
 #include "../checks.h"
 #include "../memory_format.h"
 #include "dtype.h"
+#include "output_activation.h"
 
 namespace pyops::cpu {
 
@@ -28,6 +31,16 @@ inline DType dtype_of(const char* name, const Tensor& t) {
     default:
       STD_TORCH_CHECK(false, name, ": expected dtype float32, bfloat16, float16 or float64");
   }
+}
+
+inline OutputActivation output_activation_of(const std::string& name) {
+  if (name == "relu") return OutputActivation::kRelu;
+  if (name == "leaky_relu") return OutputActivation::kLeakyRelu;
+  if (name == "tanh") return OutputActivation::kTanh;
+  if (name == "sigmoid") return OutputActivation::kSigmoid;
+  STD_TORCH_CHECK(name == "none",
+                  "activation: expected relu, leaky_relu, tanh, sigmoid or none, got ", name);
+  return OutputActivation::kNone;
 }
 
 // Uninitialised. torch::stable::empty costs several times as much.

@@ -59,8 +59,11 @@ RELU_FUNCTIONS: dict[Any, tuple[str, Reader]] = {
     F.leaky_relu: ("leaky_relu", _leaky_relu),
     F.leaky_relu_: ("leaky_relu", _leaky_relu_),
 }
+TANH_FUNCTIONS: dict[Any, tuple[str, Reader]] = {
+    f: ("tanh", _tanh) for f in (torch.tanh, F.tanh, "tanh")
+}
 SQUASHING_FUNCTIONS: dict[Any, tuple[str, Reader]] = {
-    **{f: ("tanh", _tanh) for f in (torch.tanh, F.tanh, "tanh")},
+    **TANH_FUNCTIONS,
     **{f: ("sigmoid", _sigmoid) for f in (torch.sigmoid, F.sigmoid, "sigmoid")},
 }
 RELU_MODULES: dict[type, tuple[str, Any]] = {
@@ -68,7 +71,8 @@ RELU_MODULES: dict[type, tuple[str, Any]] = {
     nn.LeakyReLU: ("leaky_relu", _leaky_relu_module),
     nn.Identity: ("identity", lambda module: IDENTITY),
 }
+TANH_MODULES: dict[type, tuple[str, Any]] = {nn.Tanh: ("tanh", lambda module: _TANH)}
 SQUASHING_MODULES: dict[type, tuple[str, Any]] = {
-    nn.Tanh: ("tanh", lambda module: _TANH),
+    **TANH_MODULES,
     nn.Sigmoid: ("sigmoid", lambda module: _SIGMOID),
 }

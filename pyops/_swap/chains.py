@@ -260,6 +260,8 @@ class _Rewriter(ast.NodeTransformer):
     def _consider(self, chain: _Chain, last: ast.Call) -> bool:
         """Report on a chain; whether to rewrite it."""
         pattern = chain.pattern
+        if pattern.common and not chain.links and chain.first not in self._finder.blocked:
+            return False
         fused_any = False
         for index, value in enumerate(chain.values):
             values = [link.values[index % len(link.values)] for link in chain.links]

@@ -40,6 +40,8 @@ class Pattern:
         worthwhile: whether a call holds enough to run the op.
         op: takes the arguments, and `backend`.
         alone: whether the first call is worth replacing with nothing after it.
+        images: whether the op takes three or four dimensions, (C, H, W) or (N, C, H, W), and no others.
+        common: first calls without anything of the chain after them are everywhere: not worth a report.
     """
 
     first: str
@@ -55,6 +57,8 @@ class Pattern:
     worthwhile: Callable[[Settings], bool]
     op: Callable[..., Any]
     alone: bool = False
+    images: bool = True
+    common: bool = False
 
     @property
     def methods(self) -> frozenset[str]:
@@ -110,7 +114,9 @@ class Pattern:
         if has_global_hooks() or torch.jit.is_tracing():
             return None
         input, weight = call["input"], call["weight"]
-        if not (is_plain_tensor(input) and is_plain_tensor(weight)) or input.dim() not in (3, 4):
+        if not (is_plain_tensor(input) and is_plain_tensor(weight)):
+            return None
+        if self.images and input.dim() not in (3, 4):
             return None
         # Mixed dtypes are right only where autocast casts them; torch's own error otherwise.
         if input.dtype is not weight.dtype and not torch.is_autocast_enabled(input.device.type):
@@ -173,7 +179,7 @@ class Pattern:
         """In words, why a chain cannot begin with `first` as it is now; None if it can."""
         if not isinstance(first, nn.Module):
             return None
-        noun = "the convolution"
+        noun = "the convolution" if self.images else "the layer"
         if type(first) is not self.module:
             return f"{noun} is a {type(first).__name__}, not exactly nn.{self.module.__name__}"
         if self.own_method in first.__dict__:

@@ -29,6 +29,8 @@ def rewrite(module: nn.Sequential, run: Run) -> Callable | None:
             continue
         end = _chain_end(modules, index, pattern)
         following = modules[index + 1 : end]
+        if pattern.common and not following:
+            continue
         kinds = [pattern.first, *(pattern.kind_of(m) or "" for m in following)]
         fused, why = 0, pattern.refusal(first)
         if why is None:

@@ -7,7 +7,7 @@ from types import ModuleType
 
 # Ops whose module has SETS (name -> cases), DTYPES, CHECKS ((case, part of --quick), ...) and
 # problem(case, dtype, device) -> Problem, which raises ValueError for a case it cannot read.
-PROBLEM_OPS: tuple[str, ...] = ("attention", "lstm", "conv_transpose_act")
+PROBLEM_OPS: tuple[str, ...] = ("attention", "lstm", "conv_transpose_act", "linear_act")
 
 
 def problem_module(op: str) -> ModuleType:

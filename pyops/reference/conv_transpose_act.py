@@ -72,13 +72,18 @@ def conv_transpose2d_act(
         out = out * scale.view(-1, 1, 1)
     if shift is not None:
         out = out + shift.view(-1, 1, 1)
-    if spec.activation == "relu":
+    return activate(out, spec.activation, spec.negative_slope)
+
+
+def activate(out: Tensor, activation: str, negative_slope: float) -> Tensor:
+    """relu, leaky_relu, tanh, sigmoid or none of `out`."""
+    if activation == "relu":
         return F.relu(out)
-    if spec.activation == "leaky_relu":
-        return F.leaky_relu(out, spec.negative_slope)
-    if spec.activation == "tanh":
+    if activation == "leaky_relu":
+        return F.leaky_relu(out, negative_slope)
+    if activation == "tanh":
         return torch.tanh(out)
-    return torch.sigmoid(out) if spec.activation == "sigmoid" else out
+    return torch.sigmoid(out) if activation == "sigmoid" else out
 
 
 def damp(values: Tensor, output: Tensor, spec: ConvTransposeSpec) -> Tensor:

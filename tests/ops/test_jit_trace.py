@@ -34,6 +34,7 @@ class Recurrent(nn.Module):
 MODULES = {
     "conv_relu_pool2d": pyops.nn.ConvReLUPool2d(3, 4, 3, padding=1, backend="cpu"),
     "conv_transpose2d_act": pyops.nn.ConvTranspose2dAct(3, 4, 3, backend="cpu"),
+    "linear_act": pyops.nn.LinearAct(8, 4, activation="tanh", backend="cpu"),
     "attention": Attention(),
     "lstm": Recurrent(),
 }

@@ -13,6 +13,10 @@ CALLS = {
         lambda value: pyops.conv_transpose2d_act(X, torch.randn(2, 3, 3, 3), stride=value),
         "stride: expected an int",
     ),
+    "linear_act": (
+        lambda value: pyops.linear_act(X, torch.randn(3, 4), negative_slope=value),
+        "negative_slope: expected",
+    ),
     "attention": (lambda value: pyops.attention(X, X, X, softcap=value), "softcap: expected"),
     "attention_varlen": (
         lambda value: pyops.attention_varlen(

@@ -31,6 +31,10 @@ CALLS = {
         lambda x, b=None: pyops.conv_transpose2d_act(x, W.transpose(0, 1), backend=b),
         X,
     ),
+    "linear_act": (
+        lambda x, b=None: pyops.linear_act(x, W.reshape(-1, 12), activation="tanh", backend=b),
+        X,
+    ),
     "attention": (lambda q, b=None: pyops.attention(q, Q, Q, causal=True, backend=b), Q),
     "lstm": (lstm, S),
 }
