@@ -42,7 +42,7 @@ def problem(notation: str, dtype: torch.dtype, device: torch.device, seed: int =
     }
     inputs = {name: t.to(device, dtype) for name, t in inputs.items()}
 
-    def ours(backend: str | None, **tensors: Tensor) -> Tensor:
+    def ours(backend: str | None, **tensors: Any) -> Tensor:
         return pyops.linear_act(**tensors, activation=activation, backend=backend)
 
     def plain(**tensors: Any) -> Tensor:

@@ -66,6 +66,7 @@ def linear_act(
         facts = tuple(
             None if t is None else (t.shape, t.dtype, t.device, t.layout) for t in tensors
         )
+    input, weight, bias = tensors
     needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     options = (activation, negative_slope, backend, needs_grad)
     compiling = torch.compiler.is_compiling()
@@ -75,14 +76,14 @@ def linear_act(
         plan = _plans.find((facts, options), options, lambda: _plan(facts, options, tensors))
     use = settle(plan.backend, backend)
     if use == "reference":
-        return reference.linear_act(*tensors, plan.spec)
+        return reference.linear_act(input, weight, bias, plan.spec)
     op = torch.ops.pyops.linear_act.default
     if compiling or registration.needs_registered_op():
-        return op(*tensors, *plan.spec)
+        return op(input, weight, bias, *plan.spec)
     if needs_grad:
-        return EagerFunction.apply(*tensors, plan.spec)
+        return EagerFunction.apply(input, weight, bias, plan.spec)
     with torch._C._AutoDispatchBelowAutograd():
-        return op(*tensors, *plan.spec)
+        return op(input, weight, bias, *plan.spec)
 
 
 def _check_tensors(tensors: tuple[Any, ...]) -> None:
