@@ -189,10 +189,13 @@ std::tuple<Tensor, Tensor, Tensor> backward(
   p.input = x.const_data_ptr();
   p.in = strides_of(x);
   p.weight = w.const_data_ptr();
-  const Tensor expanded =
-      expands(p) ? empty_dense(input, {p.batch, p.out_channels, p.conv_h, p.conv_w}, true, dtype)
-                 : grad;
-  p.expanded = expanded.data_ptr();
+  std::optional<Tensor> expanded;
+  if (needs_expanded(p)) {
+    expanded = empty_dense(input, {p.batch, p.out_channels, p.conv_h, p.conv_w}, true, dtype);
+    p.expanded = expanded->mutable_data_ptr();
+  } else if (!fuses(p)) {
+    p.expanded = grad.data_ptr();
+  }
   const size_t bytes = conv_relu_pool_backward_workspace(p);
   Tensor workspace = empty_vector(input, static_cast<int64_t>(bytes), ScalarType::Byte);
   p.workspace = workspace.mutable_data_ptr();

@@ -17,7 +17,7 @@ SOURCES = [
     HERE / "conv_relu_pool_entry.cpp",
     *(
         CUDA / f"conv_relu_pool_{part}.cu"
-        for part in ("tile", "mma", "fma", "expand", "grad_weight")
+        for part in ("tile", "mma", "fma", "expand", "grad_input", "grad_weight")
     ),
 ]
 _MARGIN = 256  # elements of poison before and after a tensor
@@ -161,44 +161,61 @@ def gradients(
     *,
     tf32=False,
     offset=0,
+    wanted=(True, True, True),
+    expand=False,
     **how,
 ):
-    """Gradients of input (as it lies), weight and bias; selector: codes, or the output, or None."""
+    """Gradients of input (as it lies), weight and bias, None where not `wanted`.
+
+    selector: codes, or the output, or None. expand: as where Hopper's convolution has to be given
+    the expanded gradient.
+    """
 
     def last(t):
         return Poisoned.copy(t.contiguous(memory_format=torch.channels_last), offset).tensor
 
     inputs = Poisoned.copy(x, offset)
     weights = Poisoned.copy(w.permute(0, 2, 3, 1).contiguous(), offset).tensor
-    conv_shape = (x.shape[0], w.shape[0], *conv_extents(x.shape, w.shape, spec))
-    expanded = Poisoned.make(conv_shape, dense_strides(conv_shape, True), x.dtype)
     results = [
-        Poisoned.make(t, s, x.dtype, offset)
-        for t, s in ((x.shape, x.stride()), (w.shape, w.stride()), (w.shape[:1], (1,)))
+        Poisoned.make(t, s, x.dtype, offset) if want else None
+        for want, t, s in zip(
+            wanted,
+            (x.shape, w.shape, w.shape[:1]),
+            (x.stride(), w.stride(), (1,)),
+            strict=True,
+        )
     ]
     sizes = sizes_of(inputs.tensor, w, spec, grad, tf32)
     size = library.library.conv_relu_pool_workspace
     size.restype = ctypes.c_int64
     workspace = Poisoned.make((size(sizes) // 4 + 1,), (1,), torch.float32)
+    grad = last(grad)
     coded = selector is not None and selector.dtype == torch.uint8
+    expanded = None
+    if expand or needs_expanded(library, sizes, wanted[0]):
+        shape = (x.shape[0], w.shape[0], *conv_extents(x.shape, w.shape, spec))
+        expanded = Poisoned.make(shape, dense_strides(shape, True), x.dtype)
+    unchanged = spec.pool == "none" and spec.activation == "none"
     library.call(
         "conv_relu_pool_gradients",
         sizes,
         spec.negative_slope,
-        last(grad),
+        grad,
         last(selector) if coded else None,
         last(selector) if selector is not None and not coded else None,
         inputs.tensor,
         weights,
-        expanded.tensor if needs_expansion(spec) else last(grad),
-        *(result.tensor for result in results),
+        grad if unchanged else expanded and expanded.tensor,
+        *(result and result.tensor for result in results),
         workspace.tensor,
         **how,
     )
     for each in (*results, expanded, workspace):
-        assert each.only_inside_written()
-    return tuple(result.tensor for result in results)
+        assert each is None or each.only_inside_written()
+    return tuple(result and result.tensor for result in results)
 
 
-def needs_expansion(spec: ConvPoolSpec) -> bool:
-    return spec.pool != "none" or spec.activation != "none"
+def needs_expanded(library: Emulated, sizes, grad_input: bool) -> bool:
+    function = library.library.conv_relu_pool_needs_expanded
+    function.restype = ctypes.c_bool
+    return function(sizes, ctypes.c_bool(grad_input))

@@ -4,6 +4,9 @@
 
 using namespace pyops::cuda;
 
+// Hopper's kernels are a library of their own; the device here is an sm_80.
+bool pyops::cuda::conv_relu_pool_forward_hopper_supports(const ConvPoolForward&) { return false; }
+
 namespace {
 
 // sizes: the integers that both structs have. `out` are the output's strides; the backward's lie
@@ -54,6 +57,13 @@ const char* conv_relu_pool_forward(const int64_t* sizes, float slope, const void
 int64_t conv_relu_pool_workspace(const int64_t* sizes) {
   Strides out;
   return conv_relu_pool_backward_workspace(make<ConvPoolBackward>(sizes, 0.0f, out));
+}
+
+bool conv_relu_pool_needs_expanded(const int64_t* sizes, bool grad_input) {
+  Strides out;
+  ConvPoolBackward p = make<ConvPoolBackward>(sizes, 0.0f, out);
+  p.grad_input = grad_input ? &p : nullptr;
+  return needs_expanded(p);
 }
 
 // The gradient of the input lies as the input does.
