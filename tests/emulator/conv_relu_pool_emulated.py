@@ -7,11 +7,25 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch.nn import grad as nn_grad
 
 from build import HERE, ROOT, Emulated
-from pyops.reference.conv_relu_pool import ConvPoolSpec, conv_extents, pool_extents, stores_codes
+from pyops.reference.conv_relu_pool import (
+    ConvPoolSpec,
+    Expansion,
+    conv_extents,
+    pool_extents,
+    stores_codes,
+)
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+# What products are rounded to, and the tensors' type.
+PRECISIONS = {
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "tf32": torch.float32,
+    "exact": torch.float32,
+}
 CUDA = ROOT / "csrc" / "cuda"
 SOURCES = [
     HERE / "conv_relu_pool_entry.cpp",
@@ -63,6 +77,24 @@ def plain(x, w, b, spec: ConvPoolSpec):
     elif spec.pool == "avg":
         out = F.avg_pool2d(out, *window, ceil_mode=spec.ceil_mode)
     return before, out
+
+
+def plain_gradients(x, w, grad, selector, spec, rounded=lambda t: t):
+    """Of input, weight and bias in plain torch; operands of products `rounded`."""
+    dense = Expansion(selector, spec, conv_extents(x.shape, w.shape, spec)).expand(grad)
+    geometry = (spec.stride, spec.padding, spec.dilation, spec.groups)
+    x, w, operand = rounded(x), rounded(w), rounded(dense)
+    return (
+        nn_grad.conv2d_input(x.shape, w, operand, *geometry),
+        nn_grad.conv2d_weight(x, w.shape, operand, *geometry),
+        dense.sum((0, 2, 3)),
+    )
+
+
+def to_tf32(t):
+    """Rounded to 10 bits of mantissa, to nearest, ties away from zero."""
+    bits = t.float().contiguous().view(torch.int32)
+    return ((bits + 0x1000) & ~0x1FFF).view(torch.float32).to(t.dtype)
 
 
 class Poisoned(NamedTuple):
