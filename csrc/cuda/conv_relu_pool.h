@@ -109,12 +109,15 @@ inline bool fuses(const ConvPoolBackward& p) {
 void conv_relu_pool_expand(const ConvPoolBackward&, cudaStream_t);
 // The input's gradient is one plain convolution of `expanded` for each residue of the stride:
 // parts 0 to stride_h * stride_w - 1, with the weights that pack puts into `workspace`. Any forward
-// kernel that takes the part may run it; or, from grad_output and codes, the fused one. False if
-// the part has no pixels.
+// kernel that takes the part may run it; or, from grad_output and codes, a fused one. False if the
+// part has no pixels.
 bool conv_relu_pool_grad_input_part(const ConvPoolBackward&, int64_t part, ConvPoolForward&);
 void conv_relu_pool_grad_input_pack(const ConvPoolBackward&, int64_t part, cudaStream_t);
-bool conv_relu_pool_grad_input_fused_supports(const ConvPoolBackward&, const ConvPoolForward&);
-void conv_relu_pool_grad_input_fused(const ConvPoolBackward&, const ConvPoolForward&, cudaStream_t);
+bool conv_relu_pool_grad_input_hopper_supports(const ConvPoolBackward&, const ConvPoolForward&);
+bool conv_relu_pool_grad_input_mma_supports(const ConvPoolBackward&, const ConvPoolForward&);
+void conv_relu_pool_grad_input_hopper(const ConvPoolBackward&, const ConvPoolForward&,
+                                      cudaStream_t);
+void conv_relu_pool_grad_input_mma(const ConvPoolBackward&, const ConvPoolForward&, cudaStream_t);
 // Sums over pixels in parts of a fixed order, then over the parts: equal inputs, equal bits.
 void conv_relu_pool_grad_weight(const ConvPoolBackward&, cudaStream_t);
 void conv_relu_pool_grad_bias(const ConvPoolBackward&, cudaStream_t);
@@ -122,14 +125,15 @@ size_t conv_relu_pool_grad_input_workspace(const ConvPoolBackward&);
 size_t conv_relu_pool_grad_weight_workspace(const ConvPoolBackward&);
 size_t conv_relu_pool_grad_bias_workspace(const ConvPoolBackward&);
 
-// Whether the input's gradient is computed without `expanded`. Where Hopper's kernel takes the
-// convolution, that is faster, though it has to be expanded for it.
+// Whether the input's gradient is computed without `expanded`. Not where Hopper's convolution takes
+// an expanded gradient, but cannot form it: mma.sync has hardly more than half of its speed.
 inline bool fuses_grad_input(const ConvPoolBackward& p) {
   for (int64_t part = 0; part < p.stride_h * p.stride_w; ++part) {
     ConvPoolForward f;
     if (!conv_relu_pool_grad_input_part(p, part, f)) continue;
+    if (conv_relu_pool_grad_input_hopper_supports(p, f)) continue;
     if (conv_relu_pool_forward_hopper_supports(f)) return false;
-    if (!conv_relu_pool_grad_input_fused_supports(p, f)) return false;
+    if (!conv_relu_pool_grad_input_mma_supports(p, f)) return false;
   }
   return true;
 }
@@ -156,8 +160,10 @@ void conv_relu_pool_backward(const ConvPoolBackward& p, const Convolve& convolve
     conv_relu_pool_grad_input_pack(p, part, stream);
     if (p.expanded) {
       convolve(f);
+    } else if (conv_relu_pool_grad_input_hopper_supports(p, f)) {
+      conv_relu_pool_grad_input_hopper(p, f, stream);
     } else {
-      conv_relu_pool_grad_input_fused(p, f, stream);
+      conv_relu_pool_grad_input_mma(p, f, stream);
     }
   }
   if (p.grad_weight) conv_relu_pool_grad_weight(p, stream);

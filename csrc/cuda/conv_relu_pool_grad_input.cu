@@ -339,7 +339,7 @@ namespace pyops::cuda {
 
 using namespace conv;
 
-bool conv_relu_pool_grad_input_fused_supports(const ConvPoolBackward& p, const ConvPoolForward& f) {
+bool conv_relu_pool_grad_input_mma_supports(const ConvPoolBackward& p, const ConvPoolForward& f) {
   if (!fuses(p) || (p.dtype == DType::kFloat && !p.allow_tf32) || p.device.capability < 80 ||
       !sizes_fit(f) || p.batch * p.out_h * p.out_w > INT_MAX) {
     return false;
@@ -348,8 +348,8 @@ bool conv_relu_pool_grad_input_fused_supports(const ConvPoolBackward& p, const C
   return t.tiles > 0 && t.tiles * t.channel_blocks * f.groups <= INT_MAX;
 }
 
-void conv_relu_pool_grad_input_fused(const ConvPoolBackward& p, const ConvPoolForward& f,
-                                     cudaStream_t stream) {
+void conv_relu_pool_grad_input_mma(const ConvPoolBackward& p, const ConvPoolForward& f,
+                                   cudaStream_t stream) {
   if (p.dtype == DType::kBFloat16) return dispatch<__nv_bfloat16>(p, f, stream);
   if (p.dtype == DType::kHalf) return dispatch<__half>(p, f, stream);
   dispatch<float>(p, f, stream);

@@ -1,4 +1,4 @@
-"""Calls of the generic CUDA convolution on the emulator, with poison around every tensor."""
+"""Calls of the CUDA convolution on the emulator, with poison around every tensor."""
 
 from __future__ import annotations
 
@@ -27,12 +27,11 @@ PRECISIONS = {
     "exact": torch.float32,
 }
 CUDA = ROOT / "csrc" / "cuda"
+GENERIC = ("tile", "mma", "fma", "expand", "grad_input", "grad_weight")
 SOURCES = [
     HERE / "conv_relu_pool_entry.cpp",
-    *(
-        CUDA / f"conv_relu_pool_{part}.cu"
-        for part in ("tile", "mma", "fma", "expand", "grad_input", "grad_weight")
-    ),
+    *(CUDA / f"conv_relu_pool_{part}.cu" for part in GENERIC),
+    *sorted(CUDA.glob("conv_relu_pool_wgmma*.cu")),
 ]
 _MARGIN = 256  # elements of poison before and after a tensor
 _MULTIPROCESSORS = 2
@@ -130,7 +129,7 @@ def dense_strides(shape, channels_last):
     return (c * h * w, 1, w * c, c) if channels_last else (c * h * w, h * w, w, 1)
 
 
-def sizes_of(x, w, spec: ConvPoolSpec, out, tf32):
+def sizes_of(x, w, spec: ConvPoolSpec, out, tf32, capability=80):
     conv_size = conv_extents(x.shape, w.shape, spec)
     fields = [
         *(*x.shape, w.shape[0], *w.shape[2:], *spec.stride, *spec.padding, *spec.dilation),
@@ -140,6 +139,7 @@ def sizes_of(x, w, spec: ConvPoolSpec, out, tf32):
         ("none", "max", "avg").index(spec.pool),
         DTYPES.index(x.dtype),
         int(tf32),
+        capability,
         _MULTIPROCESSORS,
     ]
     return (ctypes.c_int64 * len(fields))(*fields)
@@ -195,6 +195,7 @@ def gradients(
     offset=0,
     wanted=(True, True, True),
     expand=False,
+    capability=80,
     **how,
 ):
     """Gradients of input (as it lies), weight and bias, None where not `wanted`.
@@ -217,7 +218,7 @@ def gradients(
             strict=True,
         )
     ]
-    sizes = sizes_of(inputs.tensor, w, spec, grad, tf32)
+    sizes = sizes_of(inputs.tensor, w, spec, grad, tf32, capability)
     size = library.library.conv_relu_pool_workspace
     size.restype = ctypes.c_int64
     workspace = Poisoned.make((size(sizes) // 4 + 1,), (1,), torch.float32)

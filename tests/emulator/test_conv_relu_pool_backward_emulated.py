@@ -60,9 +60,20 @@ SHAPES = {
 }  # fmt: skip
 
 
+# Those that Hopper's convolution takes.
+HOPPER = {
+    "a line and a column that no window covers": ((2, 16, 9, 11), (24, 16, 3, 3), {"padding": 1}),
+    "several blocks of channels": ((1, 80, 8, 10), (136, 80, 3, 3), {"padding": 1}),
+    "several tiles, no padding": ((2, 16, 37, 13), (32, 16, 3, 3), {}),
+    "ceil_mode, twice the padding": ((1, 16, 6, 8), (16, 16, 3, 3), {"padding": 2, "ceil_mode": True}),
+    "padded windows, ceil_mode": ((1, 16, 8, 9), (16, 16, 3, 3),
+        {"padding": 1, "pool_padding": 1, "ceil_mode": True}),
+}  # fmt: skip
+
+
 def case(name, dtype, *, whole=True, **options):
     """(x, w, gradient of the output, codes, spec); whole: small integers, all sums exact."""
-    x_shape, w_shape, shape_options = SHAPES[name]
+    x_shape, w_shape, shape_options = (SHAPES | HOPPER)[name]
     spec = spec_of(**shape_options, **options)
     generator = torch.Generator().manual_seed(0)
     if whole:
@@ -91,6 +102,24 @@ def test_exact_on_integers(library, name, pool):
     )
     wants = plain_gradients(x.double(), w.double(), grad.double(), codes, spec)
     results = gradients(library, x, w, grad, codes, spec, tf32=precision == "tf32")
+    for result, want in zip(results, wants, strict=True):
+        assert torch.equal(result.double(), want.to(result.dtype).double())
+
+
+@pytest.mark.parametrize("addressing", ["copies", "shifted", "planes"])
+@pytest.mark.parametrize("pool", ["max", "avg"])
+@pytest.mark.parametrize("name", HOPPER)
+def test_exact_on_integers_on_hopper(library, monkeypatch, name, pool, addressing):
+    monkeypatch.setenv("PYOPS_WGMMA_ADDRESSING", addressing)
+    order = list(HOPPER).index(name) + (pool == "avg")
+    activation = ("leaky_relu", "relu", "none")[order % 3]
+    dtype = (torch.bfloat16, torch.float16)[(order + (addressing == "shifted")) % 2]
+    x, w, grad, codes, spec = case(name, dtype, pool=pool, activation=activation, slope=0.25)
+    # In planes TMA has to bring the halos, of an expanded gradient.
+    sizes = sizes_of(x, w, spec, grad, False, 90)
+    assert needs_expanded(library, sizes, True) == (addressing == "planes")
+    wants = plain_gradients(x.double(), w.double(), grad.double(), codes, spec)
+    results = gradients(library, x, w, grad, codes, spec, capability=90)
     for result, want in zip(results, wants, strict=True):
         assert torch.equal(result.double(), want.to(result.dtype).double())
 
@@ -169,3 +198,17 @@ def test_the_same_bits_in_every_order_of_events(racing, precision):
         for results in runs[1:]:
             for result, first in zip(results, runs[0], strict=True):
                 assert torch.equal(result, first)
+
+
+@pytest.mark.parametrize("addressing", ["copies", "shifted"])
+def test_the_same_bits_in_every_order_of_events_on_hopper(racing, monkeypatch, addressing):
+    monkeypatch.setenv("PYOPS_WGMMA_ADDRESSING", addressing)
+    for name in ("several tiles, no padding", "several blocks of channels"):
+        x, w, grad, codes, spec = case(name, torch.bfloat16, whole=False)
+        only = {"wanted": (True, False, False), "capability": 90}
+        orders = ((0, "early"), (1, "late"), (2, "random"))
+        runs = [
+            gradients(racing, x, w, grad, codes, spec, seed=seed, mode=mode, **only)[0]
+            for seed, mode in orders
+        ]
+        assert torch.equal(runs[0], runs[1]) and torch.equal(runs[0], runs[2])
