@@ -6,6 +6,9 @@
 // halos, one weights; two warpgroups multiply and finish a tile each. For the gradient of the
 // input, three warps form halos from the pooled gradient instead. Design and figures:
 // docs/kernels/conv_relu_pool_hopper.md.
+#include <stdexcept>
+#include <string>
+
 #include "conv_relu_pool_wgmma.cuh"
 #include "conv_relu_pool_wgmma_windows.cuh"
 #include "kernel_plan.h"
@@ -441,6 +444,11 @@ void run_addressing(const ConvPoolForward& f, Addressing addressing, const Wgmma
 
 void conv_relu_pool_forward_wgmma(const ConvPoolForward& f, Addressing addressing,
                                   cudaStream_t stream, const ConvPoolBackward* source) {
+  if (!conv_relu_pool_forward_wgmma_supports(f)) {
+    throw std::runtime_error(
+        "conv_relu_pool_wgmma: does not take " + std::to_string(f.in_channels) + " to " +
+        std::to_string(f.out_channels) + " channels with these sizes, strides and alignment");
+  }
   const WgmmaPlan plan = conv_relu_pool_wgmma_plan(f, addressing);
   Params p{};
   p.bias = f.bias;
