@@ -85,7 +85,7 @@ PYOPS_DEVICE void fill_windows(const ConvPoolBackward& p, const ConvPoolForward&
       }
       if (entry.places) {
         entry.window = static_cast<int>((n * p.out_h + oy) * p.out_w + ox);
-        if (p.pool == Pool::kAvg) entry.inverse = 1.0f / average_size(p, y, x);
+        if (p.pool == Pool::kAvg) entry.inverse = average_inverse(p, y, x);
       }
     }
     windows[i] = entry;
@@ -267,7 +267,8 @@ __global__ void __launch_bounds__(GradInputShape<BlockChannels>::kThreads,
     }
   }
   ptx::sync_threads();
-  finish_tile<T>(f, t, tables.tile, finished, Shape::kPitch, nullptr, false, channel, BlockChannels,
+  // Without a pool a tile's outputs are its rows.
+  finish_tile<T>(f, t, tables.tile, finished, Shape::kPitch, nullptr, true, channel, BlockChannels,
                  limit, Shape::kThreads);
 }
 

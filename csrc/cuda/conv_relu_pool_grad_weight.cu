@@ -123,7 +123,7 @@ struct GradWeightLoader {
   PYOPS_DEVICE void fetch_gradients() {
     int y, x;
     present = place(line(), 0, y, x) | place(line(), 1, y, x) << 1;
-    if (p.pool == Pool::kAvg) inverse = 1.0f / average_size(p, y - line(), x - 1);
+    if (p.pool == Pool::kAvg) inverse = average_inverse(p, y - line(), x - 1);
     const int left = present ? limit - gradient_chunk() : 0;
     fetched.load(p.grad_output, p.codes,
                  (next + window()) * p.out_channels + channel + gradient_chunk(), left,

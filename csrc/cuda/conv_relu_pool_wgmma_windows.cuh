@@ -48,7 +48,7 @@ struct HaloFormer {
     for (int i = 0; i < kOwn; ++i) {
       const int y = 2 * (first_y + 2 * i) - static_cast<int>(p.pool_pad_h);
       const int x = 2 * ox - static_cast<int>(p.pool_pad_w);
-      const float inverse = p.pool == Pool::kAvg ? 1.0f / conv::average_size(p, y, x) : 1.0f;
+      const float inverse = p.pool == Pool::kAvg ? conv::average_inverse(p, y, x) : 1.0f;
       const conv::WindowGradient<T> gradient(p, own[i], inverse);
 #pragma unroll
       for (int place = 0; place < 4; ++place) {

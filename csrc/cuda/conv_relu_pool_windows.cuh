@@ -12,6 +12,12 @@ struct alignas(16) Words {
   uint32_t at[4];
 };
 
+// One over what an average of at most 2 x 2 is divided by.
+PYOPS_DEVICE float average_inverse(const ConvPoolBackward& p, int y, int x) {
+  const float size = average_size(p, y, x);
+  return size > 2.0f ? 0.25f : size > 1.0f ? 0.5f : 1.0f;
+}
+
 // 16 bytes of neighbouring channels of grad_output and their codes, as loaded.
 template <class T>
 struct PooledChunk {
@@ -68,7 +74,7 @@ struct WindowGradient {
   Words marked, other;  // for the places that are marked, and for the rest
   uint32_t marks[4];    // bit p of a lane: place p
 
-  // `inverse`: one over the number of elements that an average divides by.
+  // `inverse`: of an average's size.
   PYOPS_DEVICE WindowGradient(const ConvPoolBackward& p, const PooledChunk<T>& chunk,
                               float inverse) {
     const bool average = p.pool == Pool::kAvg;
