@@ -57,6 +57,19 @@ struct ConvPoolOptions {
   bool ceil_mode;
 };
 
+// The same as parameters of an op, and gathered.
+#define PYOPS_CONV_POOL_PARAMETERS                                                              \
+  int64_t stride_h, int64_t stride_w, int64_t padding_h, int64_t padding_w, int64_t dilation_h, \
+      int64_t dilation_w, int64_t groups, std::string activation, double negative_slope,        \
+      std::string pool, int64_t pool_h, int64_t pool_w, int64_t pool_stride_h,                  \
+      int64_t pool_stride_w, int64_t pool_padding_h, int64_t pool_padding_w, bool ceil_mode
+#define PYOPS_CONV_POOL_OPTIONS                                                                 \
+  ::pyops::ConvPoolOptions {                                                                    \
+    {stride_h, stride_w}, {padding_h, padding_w}, {dilation_h, dilation_w}, groups, activation, \
+        negative_slope, pool, {pool_h, pool_w}, {pool_stride_h, pool_stride_w},                 \
+        {pool_padding_h, pool_padding_w}, ceil_mode                                             \
+  }
+
 inline void check_pair(const char* name, const Pair& pair, int64_t least) {
   STD_TORCH_CHECK(std::min(pair.h, pair.w) >= least && std::max(pair.h, pair.w) < (1LL << 31), name,
                   ": expected integers of at least ", least, " and below 2^31, got (", pair.h, ", ",

@@ -99,25 +99,9 @@ Tensor library_forward(const ConvReluPoolParams& p, const Tensor& input, const T
 }
 
 std::tuple<Tensor, Tensor> forward(const Tensor& input, const Tensor& weight,
-                                   const std::optional<Tensor>& bias, int64_t stride_h,
-                                   int64_t stride_w, int64_t padding_h, int64_t padding_w,
-                                   int64_t dilation_h, int64_t dilation_w, int64_t groups,
-                                   std::string activation, double negative_slope, std::string pool,
-                                   int64_t pool_h, int64_t pool_w, int64_t pool_stride_h,
-                                   int64_t pool_stride_w, int64_t pool_padding_h,
-                                   int64_t pool_padding_w, bool ceil_mode, bool with_codes) {
-  const ConvPoolOptions options{{stride_h, stride_w},
-                                {padding_h, padding_w},
-                                {dilation_h, dilation_w},
-                                groups,
-                                activation,
-                                negative_slope,
-                                pool,
-                                {pool_h, pool_w},
-                                {pool_stride_h, pool_stride_w},
-                                {pool_padding_h, pool_padding_w},
-                                ceil_mode};
-  ConvReluPoolParams p = make_params(input, weight, options);
+                                   const std::optional<Tensor>& bias, PYOPS_CONV_POOL_PARAMETERS,
+                                   bool with_codes) {
+  ConvReluPoolParams p = make_params(input, weight, PYOPS_CONV_POOL_OPTIONS);
   if (bias) {
     check_shape("bias", *bias, {p.out_channels});
     check_same("bias", *bias, "input", input);
@@ -202,26 +186,13 @@ void backward_dense(ConvReluPoolGradParams g, const Tensor& input, const Tensor&
   }
 }
 
-std::tuple<Tensor, Tensor, Tensor> backward(
-    const Tensor& grad_output, const Tensor& input, const Tensor& weight, const Tensor& codes,
-    int64_t stride_h, int64_t stride_w, int64_t padding_h, int64_t padding_w, int64_t dilation_h,
-    int64_t dilation_w, int64_t groups, std::string activation, double negative_slope,
-    std::string pool, int64_t pool_h, int64_t pool_w, int64_t pool_stride_h, int64_t pool_stride_w,
-    int64_t pool_padding_h, int64_t pool_padding_w, bool ceil_mode, std::vector<bool> output_mask) {
-  const ConvPoolOptions options{{stride_h, stride_w},
-                                {padding_h, padding_w},
-                                {dilation_h, dilation_w},
-                                groups,
-                                activation,
-                                negative_slope,
-                                pool,
-                                {pool_h, pool_w},
-                                {pool_stride_h, pool_stride_w},
-                                {pool_padding_h, pool_padding_w},
-                                ceil_mode};
+std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_output, const Tensor& input,
+                                            const Tensor& weight, const Tensor& codes,
+                                            PYOPS_CONV_POOL_PARAMETERS,
+                                            std::vector<bool> output_mask) {
   ConvReluPoolGradParams g{};
   ConvReluPoolParams& p = g.p;
-  p = make_params(input, weight, options);
+  p = make_params(input, weight, PYOPS_CONV_POOL_OPTIONS);
   STD_TORCH_CHECK(output_mask.size() == 3, "output_mask: expected three booleans, got ",
                   output_mask.size());
   STD_TORCH_CHECK(codes_fit(p), "pool_size: a window of ", p.pool_h, " x ", p.pool_w,

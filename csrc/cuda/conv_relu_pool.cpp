@@ -58,26 +58,10 @@ void run_forward(const ConvPoolForward& p, const Tensor& like) {
 
 template <bool AllowTf32>
 std::tuple<Tensor, Tensor> forward(const Tensor& input, const Tensor& weight,
-                                   const std::optional<Tensor>& bias, int64_t stride_h,
-                                   int64_t stride_w, int64_t padding_h, int64_t padding_w,
-                                   int64_t dilation_h, int64_t dilation_w, int64_t groups,
-                                   std::string activation, double negative_slope, std::string pool,
-                                   int64_t pool_h, int64_t pool_w, int64_t pool_stride_h,
-                                   int64_t pool_stride_w, int64_t pool_padding_h,
-                                   int64_t pool_padding_w, bool ceil_mode, bool with_codes) {
-  const ConvPoolOptions options{{stride_h, stride_w},
-                                {padding_h, padding_w},
-                                {dilation_h, dilation_w},
-                                groups,
-                                activation,
-                                negative_slope,
-                                pool,
-                                {pool_h, pool_w},
-                                {pool_stride_h, pool_stride_w},
-                                {pool_padding_h, pool_padding_w},
-                                ceil_mode};
+                                   const std::optional<Tensor>& bias, PYOPS_CONV_POOL_PARAMETERS,
+                                   bool with_codes) {
   ConvPoolForward p{};
-  static_cast<ConvPoolGeometry&>(p) = make_geometry(input, weight, options);
+  static_cast<ConvPoolGeometry&>(p) = make_geometry(input, weight, PYOPS_CONV_POOL_OPTIONS);
   p.dtype = dtype_of("input", input);
   p.allow_tf32 = AllowTf32;
   if (bias) {
@@ -113,25 +97,12 @@ std::tuple<Tensor, Tensor> forward(const Tensor& input, const Tensor& weight,
 }
 
 template <bool AllowTf32>
-std::tuple<Tensor, Tensor, Tensor> backward(
-    const Tensor& grad_output, const Tensor& input, const Tensor& weight, const Tensor& codes,
-    int64_t stride_h, int64_t stride_w, int64_t padding_h, int64_t padding_w, int64_t dilation_h,
-    int64_t dilation_w, int64_t groups, std::string activation, double negative_slope,
-    std::string pool, int64_t pool_h, int64_t pool_w, int64_t pool_stride_h, int64_t pool_stride_w,
-    int64_t pool_padding_h, int64_t pool_padding_w, bool ceil_mode, std::vector<bool> output_mask) {
-  const ConvPoolOptions options{{stride_h, stride_w},
-                                {padding_h, padding_w},
-                                {dilation_h, dilation_w},
-                                groups,
-                                activation,
-                                negative_slope,
-                                pool,
-                                {pool_h, pool_w},
-                                {pool_stride_h, pool_stride_w},
-                                {pool_padding_h, pool_padding_w},
-                                ceil_mode};
+std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_output, const Tensor& input,
+                                            const Tensor& weight, const Tensor& codes,
+                                            PYOPS_CONV_POOL_PARAMETERS,
+                                            std::vector<bool> output_mask) {
   ConvPoolBackward p{};
-  static_cast<ConvPoolGeometry&>(p) = make_geometry(input, weight, options);
+  static_cast<ConvPoolGeometry&>(p) = make_geometry(input, weight, PYOPS_CONV_POOL_OPTIONS);
   p.dtype = dtype_of("input", input);
   p.allow_tf32 = AllowTf32;
   STD_TORCH_CHECK(output_mask.size() == 3, "output_mask: expected three booleans, got ",
@@ -189,10 +160,13 @@ std::tuple<Tensor, Tensor, Tensor> backward(
   p.input = x.const_data_ptr();
   p.in = strides_of(x);
   p.weight = w.const_data_ptr();
-  const Tensor expanded =
-      expands(p) ? empty_dense(input, {p.batch, p.out_channels, p.conv_h, p.conv_w}, true, dtype)
-                 : grad;
-  p.expanded = expanded.data_ptr();
+  std::optional<Tensor> expanded;
+  if (needs_expanded(p)) {
+    expanded = empty_dense(input, {p.batch, p.out_channels, p.conv_h, p.conv_w}, true, dtype);
+    p.expanded = expanded->mutable_data_ptr();
+  } else if (!fuses(p)) {
+    p.expanded = grad.data_ptr();
+  }
   const size_t bytes = conv_relu_pool_backward_workspace(p);
   Tensor workspace = empty_vector(input, static_cast<int64_t>(bytes), ScalarType::Byte);
   p.workspace = workspace.mutable_data_ptr();

@@ -88,7 +88,8 @@ struct ConvPoolBackward : ConvPoolGeometry {
   const void* input;  // (batch, in_channels, in_h, in_w), any strides
   Strides in;
   const void* weight;  // (out_channels, kernel_h, kernel_w, in_channels / groups), dense
-  // The gradient before activation and pool, (batch, conv_h, conv_w, out_channels), dense.
+  // The gradient before activation and pool, (batch, conv_h, conv_w, out_channels), dense;
+  // null where no step needs it (needs_expanded), grad_output itself without either.
   void* expanded;
   void* grad_input;  // in_channels and extents of the input, any strides
   Strides grad_in;
@@ -97,13 +98,26 @@ struct ConvPoolBackward : ConvPoolGeometry {
   void* workspace;    // as many bytes as the step's workspace function says; aligned to 256
 };
 
-// Steps of the backward. The first writes `expanded`, which the others read.
+// Whether grad_output and codes can stand for `expanded`: windows of at most 2 x 2 that do not
+// overlap, so that every pixel has its gradient from one window at most.
+inline bool fuses(const ConvPoolBackward& p) {
+  return p.pool != Pool::kNone && p.pool_h <= 2 && p.pool_w <= 2 && p.pool_stride_h >= p.pool_h &&
+         p.pool_stride_w >= p.pool_w;
+}
+
+// Steps of the backward. The first writes `expanded`, which those that do not fuse read.
 void conv_relu_pool_expand(const ConvPoolBackward&, cudaStream_t);
 // The input's gradient is one plain convolution of `expanded` for each residue of the stride:
-// parts 0 to stride_h * stride_w - 1. Packs the part's weights into `workspace` and returns the
-// convolution, for any forward kernel that takes it; false if the part has no pixels.
-bool conv_relu_pool_grad_input_part(const ConvPoolBackward&, int64_t part, ConvPoolForward&,
-                                    cudaStream_t);
+// parts 0 to stride_h * stride_w - 1, with the weights that pack puts into `workspace`. Any forward
+// kernel that takes the part may run it; or, from grad_output and codes, a fused one. False if the
+// part has no pixels.
+bool conv_relu_pool_grad_input_part(const ConvPoolBackward&, int64_t part, ConvPoolForward&);
+void conv_relu_pool_grad_input_pack(const ConvPoolBackward&, int64_t part, cudaStream_t);
+bool conv_relu_pool_grad_input_hopper_supports(const ConvPoolBackward&, const ConvPoolForward&);
+bool conv_relu_pool_grad_input_mma_supports(const ConvPoolBackward&, const ConvPoolForward&);
+void conv_relu_pool_grad_input_hopper(const ConvPoolBackward&, const ConvPoolForward&,
+                                      cudaStream_t);
+void conv_relu_pool_grad_input_mma(const ConvPoolBackward&, const ConvPoolForward&, cudaStream_t);
 // Sums over pixels in parts of a fixed order, then over the parts: equal inputs, equal bits.
 void conv_relu_pool_grad_weight(const ConvPoolBackward&, cudaStream_t);
 void conv_relu_pool_grad_bias(const ConvPoolBackward&, cudaStream_t);
@@ -111,9 +125,23 @@ size_t conv_relu_pool_grad_input_workspace(const ConvPoolBackward&);
 size_t conv_relu_pool_grad_weight_workspace(const ConvPoolBackward&);
 size_t conv_relu_pool_grad_bias_workspace(const ConvPoolBackward&);
 
-// Whether `expanded` is not simply grad_output.
-inline bool expands(const ConvPoolBackward& p) {
-  return p.pool != Pool::kNone || p.activation != Activation::kNone;
+// Whether the input's gradient is computed without `expanded`. Not where Hopper's convolution takes
+// an expanded gradient, but cannot form it: mma.sync has hardly more than half of its speed.
+inline bool fuses_grad_input(const ConvPoolBackward& p) {
+  for (int64_t part = 0; part < p.stride_h * p.stride_w; ++part) {
+    ConvPoolForward f;
+    if (!conv_relu_pool_grad_input_part(p, part, f)) continue;
+    if (conv_relu_pool_grad_input_hopper_supports(p, f)) continue;
+    if (conv_relu_pool_forward_hopper_supports(f)) return false;
+    if (!conv_relu_pool_grad_input_mma_supports(p, f)) return false;
+  }
+  return true;
+}
+
+// Whether `expanded` has to be memory of its own.
+inline bool needs_expanded(const ConvPoolBackward& p) {
+  if (p.pool == Pool::kNone && p.activation == Activation::kNone) return false;
+  return !fuses(p) || (p.grad_input && !fuses_grad_input(p));
 }
 
 inline size_t conv_relu_pool_backward_workspace(const ConvPoolBackward& p) {
@@ -125,10 +153,18 @@ inline size_t conv_relu_pool_backward_workspace(const ConvPoolBackward& p) {
 template <class Convolve>
 void conv_relu_pool_backward(const ConvPoolBackward& p, const Convolve& convolve,
                              cudaStream_t stream) {
-  if (expands(p)) conv_relu_pool_expand(p, stream);
+  if (p.expanded && p.expanded != p.grad_output) conv_relu_pool_expand(p, stream);
   for (int64_t part = 0; p.grad_input && part < p.stride_h * p.stride_w; ++part) {
     ConvPoolForward f;
-    if (conv_relu_pool_grad_input_part(p, part, f, stream)) convolve(f);
+    if (!conv_relu_pool_grad_input_part(p, part, f)) continue;
+    conv_relu_pool_grad_input_pack(p, part, stream);
+    if (p.expanded) {
+      convolve(f);
+    } else if (conv_relu_pool_grad_input_hopper_supports(p, f)) {
+      conv_relu_pool_grad_input_hopper(p, f, stream);
+    } else {
+      conv_relu_pool_grad_input_mma(p, f, stream);
+    }
   }
   if (p.grad_weight) conv_relu_pool_grad_weight(p, stream);
   if (p.grad_bias) conv_relu_pool_grad_bias(p, stream);

@@ -4,6 +4,7 @@
 #include <numeric>
 
 #include "conv_relu_pool_backward.cuh"
+#include "conv_relu_pool_windows.cuh"
 #include "kernel_plan.h"
 #include "launch.cuh"
 
@@ -103,20 +104,84 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// partial[part][channel]: sums of one part of the pixels; neighbouring threads, neighbouring
-// channels.
+// What sums up the bias' gradient: a block adds 8 chunks of channels over a part of the pixels, or
+// of the windows where they can stand for them.
+constexpr int kBiasChunks = 8;
+constexpr int kBiasRows = kThreads / kBiasChunks;
+
+struct BiasWork {
+  int64_t count, part_size, parts;  // of pixels or windows
+  int64_t channel_blocks;
+  bool fused, wide;
+};
+
+template <class T>
+struct BiasTable {
+  static constexpr int kElements = 16 / sizeof(T), kChannels = kBiasChunks * kElements;
+  float sums[kBiasRows][kChannels];
+};
+
+// How much of the gradient of window `at`, with `code`, reaches the bias.
+PYOPS_DEVICE float reaches(const ConvPoolBackward& p, float gradient, int code, int top, int left) {
+  if (p.pool == Pool::kMax) return damp(p, gradient, code >= 128);
+  const float share = gradient / average_size(p, top, left);
+  float sum = 0.0f;
+  for (int dy = 0; dy < p.pool_h; ++dy) {
+    for (int dx = 0; dx < p.pool_w; ++dx) {
+      const bool exists = static_cast<unsigned>(top + dy) < static_cast<unsigned>(p.conv_h) &&
+                          static_cast<unsigned>(left + dx) < static_cast<unsigned>(p.conv_w);
+      const int place = dy * static_cast<int>(p.pool_w) + dx;
+      if (exists) sum += damp(p, share, (code >> place & 1) != 0);
+    }
+  }
+  return sum;
+}
+
+// partial[part][channel], always added in the same order.
 template <class T>
 __global__ void __launch_bounds__(kThreads)
-    conv_relu_pool_grad_bias_kernel(const __grid_constant__ ConvPoolBackward p, int64_t part_size,
+    conv_relu_pool_grad_bias_kernel(const __grid_constant__ ConvPoolBackward p, BiasWork work,
                                     float* partial) {
-  const int64_t pixels = p.batch * p.conv_h * p.conv_w;
-  const int64_t begin = blockIdx.x * part_size;
-  const int64_t end = begin + part_size < pixels ? begin + part_size : pixels;
-  const T* expanded = static_cast<const T*>(p.expanded);
-  for (int64_t channel = threadIdx.x; channel < p.out_channels; channel += kThreads) {
+  using Table = BiasTable<T>;
+  DYN_SMEM(smem);
+  Table& table = *reinterpret_cast<Table*>(smem);
+  int64_t part = blockIdx.x;
+  const int64_t first = divide(part, work.channel_blocks) * static_cast<int64_t>(Table::kChannels);
+  const int chunk = threadIdx.x % kBiasChunks * Table::kElements;
+  const int left = static_cast<int>(p.out_channels - first) - chunk;
+  const int64_t begin = part * work.part_size;
+  const int64_t end = begin + work.part_size < work.count ? begin + work.part_size : work.count;
+  float sums[Table::kElements] = {};
+  for (int64_t i = begin + threadIdx.x / kBiasChunks; i < end; i += kBiasRows) {
+    const int64_t at = i * p.out_channels + first + chunk;
+    PooledChunk<T> loaded;
+    loaded.load(work.fused ? p.grad_output : p.expanded, work.fused ? p.codes : nullptr, at, left,
+                work.wide);
+    int64_t rest = i;
+    int top = 0, corner = 0;
+    if (work.fused && p.pool == Pool::kAvg) {
+      corner = static_cast<int>(divide(rest, p.out_w) * p.pool_stride_w - p.pool_pad_w);
+      top = static_cast<int>(divide(rest, p.out_h) * p.pool_stride_h - p.pool_pad_h);
+    }
+    T elements[Table::kElements];
+    memcpy(elements, &loaded.gradients, 16);
+#pragma unroll
+    for (int e = 0; e < Table::kElements; ++e) {
+      const float gradient = as_float(elements[e]);
+      const int code = static_cast<int>(loaded.codes[e / 4] >> e % 4 * 8 & 255);
+      sums[e] += work.fused ? reaches(p, gradient, code, top, corner) : gradient;
+    }
+  }
+#pragma unroll
+  for (int e = 0; e < Table::kElements; ++e) {
+    table.sums[threadIdx.x / kBiasChunks][chunk + e] = sums[e];
+  }
+  ptx::sync_threads();
+  const int channel = static_cast<int>(threadIdx.x);
+  if (channel < Table::kChannels && first + channel < p.out_channels) {
     float sum = 0.0f;
-    for (int64_t i = begin; i < end; ++i) sum += as_float(expanded[i * p.out_channels + channel]);
-    partial[blockIdx.x * p.out_channels + channel] = sum;
+    for (int row = 0; row < kBiasRows; ++row) sum += table.sums[row][channel];
+    partial[part * p.out_channels + first + channel] = sum;
   }
 }
 
@@ -138,16 +203,20 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-constexpr int64_t kBiasPixels = 256;  // of a part, at least
-
-int64_t bias_part_size(const ConvPoolBackward& p) {
-  const int64_t pixels = p.batch * p.conv_h * p.conv_w;
-  const int64_t most_parts = 4 * std::max(p.device.multiprocessors, 1);
-  return std::max(kBiasPixels, (pixels + most_parts - 1) / most_parts);
-}
-
-int64_t bias_parts(const ConvPoolBackward& p) {
-  return (p.batch * p.conv_h * p.conv_w + bias_part_size(p) - 1) / bias_part_size(p);
+BiasWork make_bias_work(const ConvPoolBackward& p) {
+  const auto parts_of = [](int64_t size, int64_t part) { return (size + part - 1) / part; };
+  const int64_t chunk = 16 / element_size(p.dtype);
+  BiasWork work{};
+  work.fused = fuses(p);
+  work.count = p.batch * (work.fused ? p.out_h * p.out_w : p.conv_h * p.conv_w);
+  work.wide = work.fused ? takes_wide_windows(p)
+                         : p.out_channels % chunk == 0 && is_aligned(p.expanded, 16);
+  work.channel_blocks = parts_of(p.out_channels, kBiasChunks * chunk);
+  // A part is 8 rows a thread, or more where that would be more than four blocks a multiprocessor.
+  const int64_t most = parts_of(4 * std::max(p.device.multiprocessors, 1), work.channel_blocks);
+  work.part_size = std::max<int64_t>(8 * kBiasRows, parts_of(work.count, most));
+  work.parts = parts_of(work.count, work.part_size);
+  return work;
 }
 
 // One axis of the input gradient's convolution for input pixels first, first + stride, ...
@@ -175,11 +244,13 @@ AxisPart axis_part(int64_t residue, int64_t in, int64_t kernel, int64_t stride, 
   return part;
 }
 
-template <class T>
-void flip(const ConvPoolBackward& p, const TapRange& taps, cudaStream_t stream) {
-  const int64_t count = p.in_channels * taps.taps_h * taps.taps_w * (p.out_channels / p.groups);
-  launch({"conv_relu_pool_flip", blocks_for(count), kThreads, 1, 0, stream},
-         planned<conv_relu_pool_flip_kernel<T>, kThreads>(), p, taps, static_cast<T*>(p.workspace));
+struct InputPart {
+  AxisPart h, w;
+};
+
+InputPart input_part(const ConvPoolBackward& p, int64_t part) {
+  return {axis_part(part / p.stride_w, p.in_h, p.kernel_h, p.stride_h, p.pad_h, p.dilation_h),
+          axis_part(part % p.stride_w, p.in_w, p.kernel_w, p.stride_w, p.pad_w, p.dilation_w)};
 }
 
 }  // namespace
@@ -214,17 +285,23 @@ size_t conv_relu_pool_grad_input_workspace(const ConvPoolBackward& p) {
          element_size(p.dtype);
 }
 
-bool conv_relu_pool_grad_input_part(const ConvPoolBackward& p, int64_t part, ConvPoolForward& f,
-                                    cudaStream_t stream) {
-  const AxisPart h =
-      axis_part(part / p.stride_w, p.in_h, p.kernel_h, p.stride_h, p.pad_h, p.dilation_h);
-  const AxisPart w =
-      axis_part(part % p.stride_w, p.in_w, p.kernel_w, p.stride_w, p.pad_w, p.dilation_w);
-  if (h.count == 0 || w.count == 0) return false;
+void conv_relu_pool_grad_input_pack(const ConvPoolBackward& p, int64_t part, cudaStream_t stream) {
+  const auto [h, w] = input_part(p, part);
   const TapRange taps{static_cast<int>(h.tap),      static_cast<int>(h.tap_step),
                       static_cast<int>(h.taps),     static_cast<int>(w.tap),
                       static_cast<int>(w.tap_step), static_cast<int>(w.taps)};
-  with_type(p.dtype, [&](auto zero) { flip<decltype(zero)>(p, taps, stream); });
+  const int64_t count = p.in_channels * taps.taps_h * taps.taps_w * (p.out_channels / p.groups);
+  with_type(p.dtype, [&](auto zero) {
+    using T = decltype(zero);
+    launch({"conv_relu_pool_flip", blocks_for(count), kThreads, 1, 0, stream},
+           planned<conv_relu_pool_flip_kernel<T>, kThreads>(), p, taps,
+           static_cast<T*>(p.workspace));
+  });
+}
+
+bool conv_relu_pool_grad_input_part(const ConvPoolBackward& p, int64_t part, ConvPoolForward& f) {
+  const auto [h, w] = input_part(p, part);
+  if (h.count == 0 || w.count == 0) return false;
   f = ConvPoolForward{};
   f.batch = p.batch, f.in_channels = p.out_channels, f.in_h = p.conv_h, f.in_w = p.conv_w;
   f.out_channels = p.in_channels, f.kernel_h = h.taps, f.kernel_w = w.taps;
@@ -245,18 +322,20 @@ bool conv_relu_pool_grad_input_part(const ConvPoolBackward& p, int64_t part, Con
 }
 
 size_t conv_relu_pool_grad_bias_workspace(const ConvPoolBackward& p) {
-  return bias_parts(p) * p.out_channels * sizeof(float);
+  return make_bias_work(p).parts * p.out_channels * sizeof(float);
 }
 
 void conv_relu_pool_grad_bias(const ConvPoolBackward& p, cudaStream_t stream) {
   float* partial = static_cast<float*>(p.workspace);
+  const BiasWork work = make_bias_work(p);
   with_type(p.dtype, [&](auto zero) {
-    launch(
-        {"conv_relu_pool_grad_bias", static_cast<unsigned>(bias_parts(p)), kThreads, 1, 0, stream},
-        planned<conv_relu_pool_grad_bias_kernel<decltype(zero)>, kThreads>(), p, bias_part_size(p),
-        partial);
+    using T = decltype(zero);
+    constexpr size_t kSmem = sizeof(BiasTable<T>);
+    launch({"conv_relu_pool_grad_bias", static_cast<unsigned>(work.parts * work.channel_blocks),
+            kThreads, 1, kSmem, stream},
+           planned<conv_relu_pool_grad_bias_kernel<T>, kThreads, kSmem>(), p, work, partial);
   });
-  sum_parts(p, partial, bias_parts(p), 1, 1, p.grad_bias, stream);
+  sum_parts(p, partial, work.parts, 1, 1, p.grad_bias, stream);
 }
 
 }  // namespace pyops::cuda

@@ -1,11 +1,16 @@
 // conv_relu_pool2d's gradient of the weight: partial[part][channel, column] = sum over the part's
-// pixels of expanded[pixel, channel] * input[pixel's tap, input channel], column = (tap, input
+// pixels of gradient[pixel, channel] * input[pixel's tap, input channel], column = (tap, input
 // channel). Both operands lie in shared memory with the pixels as rows; for the tensor cores
 // ldmatrix transposes them. Parts are summed afterwards, in order: no atomics.
+//
+// The pixels' order is free. Fused, a stage is some windows, four rows each, and the gradients are
+// formed from grad_output and codes on their way through registers; else it is a run of pixels of
+// the expanded gradient.
 #include <algorithm>
 #include <cstring>
 
 #include "conv_relu_pool_backward.cuh"
+#include "conv_relu_pool_windows.cuh"
 #include "kernel_plan.h"
 #include "launch.cuh"
 
@@ -23,17 +28,18 @@ enum class Product : int { kTensor, kExact };  // tensor cores (float: TF32), or
 template <class T>
 struct Stage {
   static constexpr int kPixels = 64 / sizeof(T);
+  static constexpr int kWindows = kPixels / 4;  // row = (dy * 2 + dx) * kWindows + window
   alignas(16) T gradients[kPixels][kChannels + 8];
   alignas(16) T inputs[kPixels][kColumns + 8];
 };
 
 struct Work {
   int channel_blocks, column_blocks;  // per group
-  int64_t part_size, parts;           // in pixels, a multiple of a stage's
+  int64_t part_size, parts;           // in pixels, or windows: a multiple of a stage's
   bool wide_gradients, wide_inputs;   // 16 bytes at a time
 };
 
-// Pixels of the convolution's output in the order of memory.
+// Pixels of the convolution's output, or windows, in the order of memory.
 struct Pixel {
   int n, y, x;
 
@@ -46,32 +52,86 @@ struct Pixel {
   }
 };
 
-template <class T>
+template <class T, bool Fused>
 struct GradWeightLoader {
   using S = Stage<T>;
   static constexpr int kElements = 16 / sizeof(T);
   static constexpr int kGradientChunks = kChannels / kElements;
   static constexpr int kInputChunks = kColumns / kElements;
-  static constexpr int kInputStep = kThreads / kInputChunks;  // of pixels between a thread's own
+  static constexpr int kInputStep = kThreads / kInputChunks;      // of rows between a thread's own
+  static constexpr int kStep = Fused ? S::kWindows : S::kPixels;  // of `next` in a stage
+  // Fused, the rows of a thread's input are the places of one window, whose gradients it spreads
+  // with one thread for each line of the window and each chunk.
+  static_assert(kInputStep == S::kWindows && kInputChunks == 2 * kGradientChunks);
 
   const ConvPoolBackward& p;
   const Work& work;
   const T* expanded;               // of this block's first channel
   const T* input;                  // of this group
+  int64_t channel;                 // this block's first
   int channels, limit, reduction;  // input channels of the group; channels and columns that exist
-  int64_t next, end;               // first pixel of the next stage; the part's end
+  int64_t next, end;               // first pixel or window of the next stage; the part's end
   Pixel pixel;                     // this thread's first of the next stage
   int column;                      // of this thread's chunk of the input
   Tap tap;                         // where that begins
+  PooledChunk<T> fetched;          // fused: on its way to the stage
+  int present;                     // bit dx: that place of this thread's line exists
+  float inverse;                   // of an average's size
 
+  // Begins to bring a stage; complete() must follow, when there was time for the loads.
   PYOPS_DEVICE void load(S& stage) {
-    load_gradients(stage);
-    load_inputs(stage);
-    next += S::kPixels;
+    if constexpr (Fused) {
+      fetch_gradients();
+      load_windows(stage);
+      pixel.advance(S::kWindows, static_cast<int>(p.out_h), static_cast<int>(p.out_w));
+    } else {
+      load_gradients(stage);
+      load_pixels(stage);
+      pixel.advance(S::kPixels, static_cast<int>(p.conv_h), static_cast<int>(p.conv_w));
+    }
+    next += kStep;
+  }
+
+  PYOPS_DEVICE void complete(S& stage) {
+    if constexpr (Fused) {
+      const WindowGradient<T> gradient(p, fetched, inverse);
+#pragma unroll
+      for (int dx = 0; dx < 2; ++dx) {
+        const int row = (line() * 2 + dx) * S::kWindows + window();
+        Words words{};
+        if (present >> dx & 1) words = gradient.at(line() * static_cast<int>(p.pool_w) + dx);
+        *reinterpret_cast<Words*>(&stage.gradients[row][gradient_chunk()]) = words;
+      }
+    }
+  }
+
+  PYOPS_DEVICE static int window() { return static_cast<int>(threadIdx.x) / kInputChunks; }
+  PYOPS_DEVICE static int line() { return static_cast<int>(threadIdx.x) / kGradientChunks % 2; }
+  PYOPS_DEVICE static int gradient_chunk() {
+    return static_cast<int>(threadIdx.x) % kGradientChunks * kElements;
+  }
+
+  // Where in the convolution's output a place of this thread's window lies; false if outside.
+  PYOPS_DEVICE bool place(int dy, int dx, int& y, int& x) const {
+    y = static_cast<int>(pixel.y * p.pool_stride_h - p.pool_pad_h) + dy;
+    x = static_cast<int>(pixel.x * p.pool_stride_w - p.pool_pad_w) + dx;
+    return next + window() < end && dy < p.pool_h && dx < p.pool_w &&
+           static_cast<unsigned>(y) < static_cast<unsigned>(p.conv_h) &&
+           static_cast<unsigned>(x) < static_cast<unsigned>(p.conv_w);
+  }
+
+  PYOPS_DEVICE void fetch_gradients() {
+    int y, x;
+    present = place(line(), 0, y, x) | place(line(), 1, y, x) << 1;
+    if (p.pool == Pool::kAvg) inverse = average_inverse(p, y - line(), x - 1);
+    const int left = present ? limit - gradient_chunk() : 0;
+    fetched.load(p.grad_output, p.codes,
+                 (next + window()) * p.out_channels + channel + gradient_chunk(), left,
+                 work.wide_gradients);
   }
 
   PYOPS_DEVICE void load_gradients(S& stage) {
-    const int chunk = threadIdx.x % kGradientChunks * kElements;
+    const int chunk = gradient_chunk();
     for (int row = threadIdx.x / kGradientChunks; row < S::kPixels;
          row += kThreads / kGradientChunks) {
       const T* from = expanded + (next + row) * p.out_channels + chunk;
@@ -88,31 +148,41 @@ struct GradWeightLoader {
     }
   }
 
-  PYOPS_DEVICE void load_inputs(S& stage) {
-    const int chunk = threadIdx.x % kInputChunks * kElements;
-    const int conv_h = static_cast<int>(p.conv_h), conv_w = static_cast<int>(p.conv_w);
+  PYOPS_DEVICE void load_windows(S& stage) {
+#pragma unroll
+    for (int slot = 0; slot < 4; ++slot) {
+      int y, x;
+      const bool exists = place(slot / 2, slot % 2, y, x);
+      load_input(stage, slot * S::kWindows + window(), exists, pixel.n, y, x);
+    }
+  }
+
+  PYOPS_DEVICE void load_pixels(S& stage) {
     Pixel at = pixel;
     for (int row = threadIdx.x / kInputChunks; row < S::kPixels; row += kInputStep) {
-      const int y = static_cast<int>(at.y * p.stride_h - p.pad_h);
-      const int x = static_cast<int>(at.x * p.stride_w - p.pad_w);
-      const int64_t base = at.n * p.in.n + y * p.in.h + x * p.in.w;
-      const bool exists = next + row < end;
-      T* to = &stage.inputs[row][chunk];
-      if (work.wide_inputs) {
-        const int64_t shift = offset(tap);
-        const bool valid = exists && column < reduction && inside(tap, y, x);
-        ptx::cp_async<16>(ptx::smem_addr(to), valid ? input + base + shift : input, valid ? 16 : 0);
-      } else {
-        Tap each = tap;
-        for (int e = 0; e < kElements; ++e) {
-          const bool valid = exists && column + e < reduction && inside(each, y, x);
-          to[e] = valid ? input[base + offset(each)] : T(0.0f);
-          each.advance(1, channels, static_cast<int>(p.kernel_w));
-        }
-      }
-      at.advance(kInputStep, conv_h, conv_w);
+      load_input(stage, row, next + row < end, at.n, at.y, at.x);
+      at.advance(kInputStep, static_cast<int>(p.conv_h), static_cast<int>(p.conv_w));
     }
-    pixel.advance(S::kPixels, conv_h, conv_w);
+  }
+
+  // This thread's chunk of one row: the input under its tap of pixel (n, y, x).
+  PYOPS_DEVICE void load_input(S& stage, int row, bool exists, int n, int y, int x) {
+    y = static_cast<int>(y * p.stride_h - p.pad_h);
+    x = static_cast<int>(x * p.stride_w - p.pad_w);
+    const int64_t base = n * p.in.n + y * p.in.h + x * p.in.w;
+    T* to = &stage.inputs[row][threadIdx.x % kInputChunks * kElements];
+    if (work.wide_inputs) {
+      const int64_t shift = offset(tap);
+      const bool valid = exists && column < reduction && inside(tap, y, x);
+      ptx::cp_async<16>(ptx::smem_addr(to), valid ? input + base + shift : input, valid ? 16 : 0);
+    } else {
+      Tap each = tap;
+      for (int e = 0; e < kElements; ++e) {
+        const bool valid = exists && column + e < reduction && inside(each, y, x);
+        to[e] = valid ? input[base + offset(each)] : T(0.0f);
+        each.advance(1, channels, static_cast<int>(p.kernel_w));
+      }
+    }
   }
 
   PYOPS_DEVICE int64_t offset(const Tap& t) const {
@@ -233,7 +303,7 @@ struct ExactSums {
   }
 };
 
-template <class T, Product kProduct>
+template <class T, Product kProduct, bool Fused>
 __global__ void __launch_bounds__(kThreads)
     conv_relu_pool_grad_weight_kernel(const __grid_constant__ ConvPoolBackward p,
                                       const __grid_constant__ Work work) {
@@ -250,27 +320,32 @@ __global__ void __launch_bounds__(kThreads)
   const int first_channel = channel_block * kChannels;
   const int64_t channel = static_cast<int64_t>(group) * group_out + first_channel;
 
-  GradWeightLoader<T> loader{p, work};
+  GradWeightLoader<T, Fused> loader{p, work};
+  loader.channel = channel;
   loader.channels = static_cast<int>(p.in_channels / p.groups);
   loader.limit = group_out - first_channel;
   loader.reduction = static_cast<int>(p.kernel_h * p.kernel_w) * loader.channels;
   loader.expanded = static_cast<const T*>(p.expanded) + channel;
   loader.input =
       static_cast<const T*>(p.input) + static_cast<int64_t>(group) * loader.channels * p.in.c;
-  const int64_t pixels = p.batch * p.conv_h * p.conv_w;
+  const int64_t h = Fused ? p.out_h : p.conv_h, w = Fused ? p.out_w : p.conv_w;
+  const int64_t all = p.batch * h * w;
   loader.next = part * work.part_size;
-  loader.end = loader.next + work.part_size < pixels ? loader.next + work.part_size : pixels;
+  loader.end = loader.next + work.part_size < all ? loader.next + work.part_size : all;
   int64_t rest = loader.next + threadIdx.x / loader.kInputChunks;
-  loader.pixel.x = divide(rest, p.conv_w);
-  loader.pixel.y = divide(rest, p.conv_h);
+  loader.pixel.x = divide(rest, w);
+  loader.pixel.y = divide(rest, h);
   loader.pixel.n = static_cast<int>(rest);
   const int first_column = column_block * kColumns;
   loader.column = first_column + threadIdx.x % loader.kInputChunks * loader.kElements;
   loader.tap.advance(loader.column, loader.channels, static_cast<int>(p.kernel_w));
 
-  const int steps = static_cast<int>((loader.end - loader.next + S::kPixels - 1) / S::kPixels);
+  const int steps = static_cast<int>((loader.end - loader.next + loader.kStep - 1) / loader.kStep);
   for (int stage = 0; stage < kStages - 1; ++stage) {
-    if (stage < steps) loader.load(stages[stage]);
+    if (stage < steps) {
+      loader.load(stages[stage]);
+      loader.complete(stages[stage]);
+    }
     ptx::cp_async_commit();
   }
   std::conditional_t<kProduct == Product::kExact, ExactSums, TensorSums> sums;
@@ -281,6 +356,7 @@ __global__ void __launch_bounds__(kThreads)
     if (next < steps) loader.load(stages[next % kStages]);
     ptx::cp_async_commit();
     sums.add(stages[step % kStages]);
+    if (next < steps) loader.complete(stages[next % kStages]);
   }
 
   float* partial =
@@ -303,35 +379,43 @@ __global__ void __launch_bounds__(kThreads)
 template <class T>
 Work make_work(const ConvPoolBackward& p) {
   const auto parts_of = [](int64_t size, int64_t part) { return (size + part - 1) / part; };
-  const int64_t chunk = 16 / sizeof(T), pixels = p.batch * p.conv_h * p.conv_w;
+  const bool fused = fuses(p);
+  const int64_t chunk = 16 / sizeof(T);
+  const int64_t all = p.batch * (fused ? p.out_h * p.out_w : p.conv_h * p.conv_w);
+  const int64_t stage = fused ? Stage<T>::kWindows : Stage<T>::kPixels;
   const int64_t channels = p.in_channels / p.groups, group_out = p.out_channels / p.groups;
-  const auto aligned = [](const void* at) { return reinterpret_cast<uintptr_t>(at) % 16 == 0; };
   Work work{};
   work.channel_blocks = static_cast<int>(parts_of(group_out, kChannels));
   work.column_blocks = static_cast<int>(parts_of(p.kernel_h * p.kernel_w * channels, kColumns));
   // As many parts as fill the device twice, but none of fewer than 8 stages.
   const int64_t blocks = work.channel_blocks * work.column_blocks * p.groups;
   const int64_t wanted = parts_of(2 * std::max(p.device.multiprocessors, 1), blocks);
-  const int64_t least = 8 * Stage<T>::kPixels;
-  const int64_t size = std::max(least, parts_of(pixels, wanted));
-  work.part_size = parts_of(size, Stage<T>::kPixels) * Stage<T>::kPixels;
-  work.parts = parts_of(pixels, work.part_size);
-  work.wide_gradients = group_out % chunk == 0 && aligned(p.expanded);
+  const int64_t size = std::max(8 * stage, parts_of(all, wanted));
+  work.part_size = parts_of(size, stage) * stage;
+  work.parts = parts_of(all, work.part_size);
+  work.wide_gradients =
+      fused ? takes_wide_windows(p) : group_out % chunk == 0 && is_aligned(p.expanded, 16);
   work.wide_inputs = p.in.c == 1 && channels % chunk == 0 && p.in.w % chunk == 0 &&
-                     p.in.h % chunk == 0 && p.in.n % chunk == 0 && aligned(p.input);
+                     p.in.h % chunk == 0 && p.in.n % chunk == 0 && is_aligned(p.input, 16);
   return work;
 }
 
-template <class T, Product kProduct>
+template <class T, Product kProduct, bool Fused>
 void run(const ConvPoolBackward& p, cudaStream_t stream) {
   const Work work = make_work<T>(p);
   constexpr size_t kSmem = kStages * sizeof(Stage<T>);
   const unsigned blocks =
       static_cast<unsigned>(work.column_blocks * work.channel_blocks * p.groups * work.parts);
   launch({"conv_relu_pool_grad_weight", blocks, kThreads, 1, kSmem, stream},
-         planned<conv_relu_pool_grad_weight_kernel<T, kProduct>, kThreads, kSmem>(), p, work);
+         planned<conv_relu_pool_grad_weight_kernel<T, kProduct, Fused>, kThreads, kSmem>(), p,
+         work);
   sum_parts(p, static_cast<const float*>(p.workspace), work.parts, p.kernel_h * p.kernel_w,
             p.in_channels / p.groups, p.grad_weight, stream);
+}
+
+template <class T, Product kProduct>
+void run(const ConvPoolBackward& p, cudaStream_t stream) {
+  fuses(p) ? run<T, kProduct, true>(p, stream) : run<T, kProduct, false>(p, stream);
 }
 
 }  // namespace

@@ -5,16 +5,14 @@
 // innermost in rows of multiples of 16 bytes; else element by element), fragments by ldmatrix, the
 // products by mma.sync m16n8k16 (bf16, fp16) or m16n8k8 (TF32, rounded to nearest).
 #include <algorithm>
-#include <cstring>
 
-#include "conv_relu_pool_tile.cuh"
+#include "conv_relu_pool_fragments.cuh"
 #include "kernel_plan.h"
 #include "launch.cuh"
 
 namespace pyops::cuda::conv {
 
 constexpr int kStages = 4;
-constexpr int kRowBytes = 64;  // of k in a stage: 4 chunks of 16 bytes, 2 steps of mma
 
 // Shared memory: tables, then the stages, over which the finished tile is laid.
 template <int BlockChannels>
@@ -27,17 +25,6 @@ struct MmaShape {
   static constexpr size_t kTables = sizeof(TileTables);
   static constexpr size_t kSmem =
       kTables + std::max<size_t>(kStages * kStageBytes, kRows * kPitch * sizeof(float));
-};
-
-// Byte of chunk `chunk` of row `row`: eight rows of one chunk lie in different banks.
-PYOPS_DEVICE int chunk_offset(int row, int chunk) {
-  return row * kRowBytes + ((chunk ^ (row >> 1 & 3)) << 4);
-}
-
-template <class T>
-struct alignas(16) Chunk {
-  static constexpr int kElements = 16 / sizeof(T);
-  T at[kElements];
 };
 
 template <class T>
@@ -139,57 +126,6 @@ struct Loader {
   }
 };
 
-template <class T>
-PYOPS_DEVICE void multiply(float (&sum)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-  if constexpr (sizeof(T) == 4) {
-    ptx::mma_m16n8k8_tf32(sum, a, b);
-  } else {
-    ptx::mma_m16n8k16<T>(sum, a, b);
-  }
-}
-
-// Loaded float32 bits become TF32 ones; 16-bit elements stay.
-template <class T, int N>
-PYOPS_DEVICE void round_operand(uint32_t (&bits)[N]) {
-  if constexpr (sizeof(T) == 4) {
-#pragma unroll
-    for (int i = 0; i < N; ++i) {
-      float value;
-      memcpy(&value, &bits[i], 4);
-      bits[i] = ptx::to_tf32(value);
-    }
-  }
-}
-
-// sums[m][n]: the warp's 64 rows x 32 channels in tiles of 16 x 8, as mma.sync lays them.
-template <class T>
-PYOPS_DEVICE void multiply_stage(float (&sums)[4][4][4], uint32_t pixels, uint32_t weights,
-                                 int warp_row, int warp_channel) {
-  const int lane = ptx::lane_id();
-#pragma unroll
-  for (int step = 0; step < 2; ++step) {
-    uint32_t b[2][4];
-#pragma unroll
-    for (int n = 0; n < 2; ++n) {
-      const int channel = warp_channel + n * 16 + lane / 16 * 8 + lane % 8;
-      ptx::ldmatrix(b[n], weights + chunk_offset(channel, step * 2 + lane / 8 % 2));
-      round_operand<T>(b[n]);
-    }
-#pragma unroll
-    for (int m = 0; m < 4; ++m) {
-      uint32_t a[4];
-      const int row = warp_row + m * 16 + lane % 16;
-      ptx::ldmatrix(a, pixels + chunk_offset(row, step * 2 + lane / 16));
-      round_operand<T>(a);
-#pragma unroll
-      for (int n = 0; n < 4; ++n) {
-        const uint32_t pair[2] = {b[n / 2][n % 2 * 2], b[n / 2][n % 2 * 2 + 1]};
-        multiply<T>(sums[m][n], a, pair);
-      }
-    }
-  }
-}
-
 // Pools the 2x2 windows that this thread holds: sums[place][...] -> `tile` (outputs, pitch), codes.
 template <class T>
 PYOPS_DEVICE void fold(const ConvPoolForward& p, const TileTables& tables,
@@ -265,7 +201,8 @@ __global__ void __launch_bounds__(MmaShape<BlockChannels>::kThreads,
     if (next < steps) loader.load(stages + next % kStages * Shape::kStageBytes);
     ptx::cp_async_commit();
     const uint32_t stage = ptx::smem_addr(stages + step % kStages * Shape::kStageBytes);
-    multiply_stage<T>(sums, stage, stage + kRows * kRowBytes, warp_row, warp_channel);
+    const auto row_of = [&](int m) { return warp_row + m * 16 + ptx::lane_id() % 16; };
+    multiply_stage<T>(sums, stage, row_of, stage + kRows * kRowBytes, warp_channel);
   }
   ptx::cp_async_wait<0>();
   ptx::sync_threads();

@@ -3,9 +3,14 @@
 // sum[channel, pixel] = weight[channel, c] x pixels[pixel, c]^T, over taps and blocks of 64 input
 // channels. A tile is 8 pixels wide; its halo comes to shared memory once per block of channels, by
 // TMA, whose zeros outside the image are the padding, and is read by all nine taps. One warp brings
-// halos, one weights; two warpgroups multiply and finish a tile each. Design and figures:
+// halos, one weights; two warpgroups multiply and finish a tile each. For the gradient of the
+// input, three warps form halos from the pooled gradient instead. Design and figures:
 // docs/kernels/conv_relu_pool_hopper.md.
+#include <stdexcept>
+#include <string>
+
 #include "conv_relu_pool_wgmma.cuh"
+#include "conv_relu_pool_wgmma_windows.cuh"
 #include "kernel_plan.h"
 #include "launch.cuh"
 
@@ -29,6 +34,7 @@ struct Halo {
                                 : kAddressing == Addressing::kPitch16 ? 16
                                                                       : kTileWidth + 2;
   static constexpr int kBoxes = kAddressing == Addressing::kCopies ? 3 : 1;
+  static constexpr int kColumns = kTileWidth + 3 - kBoxes;  // of a box that are read
   static constexpr uint32_t kBoxBytes = kLines * kPitch * kChannels * 2;
   static constexpr uint32_t kPlaneBytes = kLines * kPitch * 16;  // kPlanes: of 8 channels
   static constexpr uint32_t kBytes = kBoxes * kBoxBytes;
@@ -40,6 +46,12 @@ struct Halo {
   static constexpr uint32_t kShared = kBarriers + 8 * (2 * kSlots + 2 * kTaps);
   // Between the operands of neighbouring 16 channels, in units of a descriptor's address.
   static constexpr uint64_t kStep = kSwizzled ? 2 : 2 * kPlaneBytes / 16;
+
+  // Byte of a chunk of 8 channels of a pixel of a swizzled box.
+  static PTX_FN uint32_t chunk(int chunk, int line, int column) {
+    const int row = line * kPitch + column;
+    return row * 128 + ((chunk ^ (row & 7)) << 4);
+  }
 
   // The operand of the first 16 channels: 8 pixels of a line, kRows lines.
   static PTX_FN uint64_t operand(uint32_t halo, int r, int s) {
@@ -94,11 +106,13 @@ struct Walk {
   }
 };
 
-template <int kRows, Addressing kAddressing>
-PTX_FN void bring_halos(const CUtensorMap* map, const Params& p, uint32_t halos, uint32_t full,
-                        uint32_t empty) {
+// By one thread; or kFused, from `source` and by HaloFormer's threads.
+template <class T, int kRows, Addressing kAddressing, bool kFused>
+PTX_FN void bring_halos(const CUtensorMap* map, const ConvPoolBackward& source, int thread,
+                        const Params& p, uint32_t halos, uint32_t full, uint32_t empty) {
   using Tile = Halo<kRows, kAddressing>;
   Walk<Tile::kSlots> at{0};
+  HaloFormer<T, Tile> former{source, thread};
   for (int64_t work = blockIdx.x; work < p.works; work += gridDim.x) {
     for (int block = 0; block < p.channel_blocks; ++block) {
       for (int group = 0; group < kGroups; ++group) {
@@ -106,7 +120,16 @@ PTX_FN void bring_halos(const CUtensorMap* map, const Params& p, uint32_t halos,
         const uint32_t halo = halos + at.slot * Tile::kSlotBytes;
         const uint32_t bar = full + 8 * at.slot;
         const int x = tile.x * kTileWidth - p.pad_w, y = tile.y * kRows - p.pad_h;
+        if constexpr (kFused) former.fetch(tile.image, y, x, block * kChannels);
         mbar_wait(empty + 8 * at.slot, at.phase ^ 1);
+        if constexpr (kFused) {
+          former.store(halo);
+          fence_proxy_async_shared();
+          sync_warp();
+          if (lane_id() == 0) mbar_arrive(bar);
+          at.next(1);
+          continue;
+        }
         mbar_arrive_expect_tx(bar, Tile::kBytes);
         for (int box = 0; box < Tile::kBoxes; ++box) {
           if constexpr (Tile::kSwizzled)
@@ -285,10 +308,11 @@ PTX_FN void multiply(const Params& p, int group, uint32_t weights, uint32_t halo
   }
 }
 
-template <class T, int kRows, Addressing kAddressing>
+template <class T, int kRows, Addressing kAddressing, bool kFused>
 __global__ void __launch_bounds__(kThreads, 1)
     conv_relu_pool_wgmma_kernel(const __grid_constant__ CUtensorMap input_map,
-                                const __grid_constant__ CUtensorMap weight_map, const Params p) {
+                                const __grid_constant__ CUtensorMap weight_map, const Params p,
+                                const __grid_constant__ ConvPoolBackward source) {
   using Tile = Halo<kRows, kAddressing>;
   DYN_SMEM(shared);
   const uint32_t weights = smem_addr(shared);
@@ -297,10 +321,10 @@ __global__ void __launch_bounds__(kThreads, 1)
   const uint32_t weight_full = empty + 8 * Tile::kSlots, weight_empty = weight_full + 8 * kTaps;
   const int warp = warp_id();
   if (threadIdx.x == 0) {
-    prefetch_tensor_map(&input_map);
+    if constexpr (!kFused) prefetch_tensor_map(&input_map);
     prefetch_tensor_map(&weight_map);
     for (int i = 0; i < Tile::kSlots; ++i) {
-      mbar_init(full + 8 * i, 1);
+      mbar_init(full + 8 * i, kFused ? HaloFormer<T, Tile>::kFormers / 32 : 1);
       mbar_init(empty + 8 * i, 4);  // the warps of one group
     }
     for (int i = 0; i < kTaps; ++i) {
@@ -311,9 +335,12 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
   sync_threads();
   if (warp < 4) {
-    if (warp == 0 && elect_one())
-      bring_halos<kRows, kAddressing>(&input_map, p, halos, full, empty);
-    if (warp == 1 && elect_one()) bring_weights(&weight_map, p, weights, weight_full, weight_empty);
+    if (warp == 1) {
+      if (elect_one()) bring_weights(&weight_map, p, weights, weight_full, weight_empty);
+    } else if (kFused || (warp == 0 && elect_one())) {
+      const int thread = (warp == 0 ? 0 : warp - 1) * 32 + lane_id();
+      bring_halos<T, kRows, kAddressing, kFused>(&input_map, source, thread, p, halos, full, empty);
+    }
   } else {
     multiply<T, kRows, kAddressing>(p, warp / 4 - 1, weights, halos, weight_full, weight_empty,
                                     full, empty);
@@ -341,9 +368,9 @@ CUtensorMap weight_map(const ConvPoolForward& f) {
   return make_tensor_map(map);
 }
 
-template <class T, int kRows, Addressing kAddressing>
-void run(const ConvPoolForward& f, const WgmmaPlan& plan, const Params& p, cudaStream_t stream) {
-  using Tile = Halo<kRows, kAddressing>;
+// Of (batch, in_h, in_w, in_channels): a block of channels of a tile's halo.
+template <class T, class Tile>
+CUtensorMap input_map(const ConvPoolForward& f) {
   const auto size = [](int64_t value) { return static_cast<uint64_t>(value); };
   const uint64_t channels = size(f.in_channels), w = size(f.in_w), h = size(f.in_h);
   const uint64_t pixel = channels * 2, line = pixel * w;
@@ -364,44 +391,64 @@ void run(const ConvPoolForward& f, const WgmmaPlan& plan, const Params& p, cudaS
            {8, w, h, channels / 8, size(f.batch)},
            {pixel, line, 16, line * h},
            {8, Tile::kPitch, Tile::kLines, 8, 1}};
+  return make_tensor_map(map);
+}
+
+template <class T, int kRows, Addressing kAddressing>
+void run(const ConvPoolForward& f, const WgmmaPlan& plan, const Params& p,
+         const ConvPoolBackward* source, cudaStream_t stream) {
+  using Tile = Halo<kRows, kAddressing>;
   LaunchConfig config{"conv_relu_pool_wgmma", dim3(plan.grid), dim3(kThreads)};
   config.smem = Tile::kShared;
   config.stream = stream;
-  launch(config,
-         planned<conv_relu_pool_wgmma_kernel<T, kRows, kAddressing>, kThreads, Tile::kShared>(),
-         make_tensor_map(map), weight_map<T>(f), p);
+  if constexpr (forms_halos(kAddressing)) {
+    if (source)
+      return launch(config,
+                    planned<conv_relu_pool_wgmma_kernel<T, kRows, kAddressing, true>, kThreads,
+                            Tile::kShared>(),
+                    CUtensorMap{}, weight_map<T>(f), p, *source);
+  }
+  launch(
+      config,
+      planned<conv_relu_pool_wgmma_kernel<T, kRows, kAddressing, false>, kThreads, Tile::kShared>(),
+      input_map<T, Tile>(f), weight_map<T>(f), p, ConvPoolBackward{});
 }
 
 template <class T, Addressing kAddressing>
 void run_rows(const ConvPoolForward& f, const WgmmaPlan& plan, const Params& p,
-              cudaStream_t stream) {
+              const ConvPoolBackward* source, cudaStream_t stream) {
   if constexpr (kAddressing == Addressing::kShifted) {
-    if (plan.rows == 32) return run<T, 32, kAddressing>(f, plan, p, stream);
-    if (plan.rows == 28) return run<T, 28, kAddressing>(f, plan, p, stream);
+    if (plan.rows == 32) return run<T, 32, kAddressing>(f, plan, p, source, stream);
+    if (plan.rows == 28) return run<T, 28, kAddressing>(f, plan, p, source, stream);
   }
-  if (plan.rows == 16) return run<T, 16, kAddressing>(f, plan, p, stream);
-  run<T, 14, kAddressing>(f, plan, p, stream);
+  if (plan.rows == 16) return run<T, 16, kAddressing>(f, plan, p, source, stream);
+  run<T, 14, kAddressing>(f, plan, p, source, stream);
 }
 
 template <class T>
 void run_addressing(const ConvPoolForward& f, Addressing addressing, const WgmmaPlan& plan,
-                    const Params& p, cudaStream_t stream) {
+                    const Params& p, const ConvPoolBackward* source, cudaStream_t stream) {
   switch (addressing) {
     case Addressing::kCopies:
-      return run_rows<T, Addressing::kCopies>(f, plan, p, stream);
+      return run_rows<T, Addressing::kCopies>(f, plan, p, source, stream);
     case Addressing::kShifted:
-      return run_rows<T, Addressing::kShifted>(f, plan, p, stream);
+      return run_rows<T, Addressing::kShifted>(f, plan, p, source, stream);
     case Addressing::kPitch16:
-      return run_rows<T, Addressing::kPitch16>(f, plan, p, stream);
+      return run_rows<T, Addressing::kPitch16>(f, plan, p, source, stream);
     case Addressing::kPlanes:
-      return run_rows<T, Addressing::kPlanes>(f, plan, p, stream);
+      return run_rows<T, Addressing::kPlanes>(f, plan, p, source, stream);
   }
 }
 
 }  // namespace
 
 void conv_relu_pool_forward_wgmma(const ConvPoolForward& f, Addressing addressing,
-                                  cudaStream_t stream) {
+                                  cudaStream_t stream, const ConvPoolBackward* source) {
+  if (!conv_relu_pool_forward_wgmma_supports(f)) {
+    throw std::runtime_error(
+        "conv_relu_pool_wgmma: does not take " + std::to_string(f.in_channels) + " to " +
+        std::to_string(f.out_channels) + " channels with these sizes, strides and alignment");
+  }
   const WgmmaPlan plan = conv_relu_pool_wgmma_plan(f, addressing);
   Params p{};
   p.bias = f.bias;
@@ -424,9 +471,9 @@ void conv_relu_pool_forward_wgmma(const ConvPoolForward& f, Addressing addressin
   p.pooled = f.pool == Pool::kMax;
   p.finish = make_finish(f);
   if (f.dtype == DType::kBFloat16)
-    run_addressing<__nv_bfloat16>(f, addressing, plan, p, stream);
+    run_addressing<__nv_bfloat16>(f, addressing, plan, p, source, stream);
   else
-    run_addressing<__half>(f, addressing, plan, p, stream);
+    run_addressing<__half>(f, addressing, plan, p, source, stream);
 }
 
 }  // namespace pyops::cuda

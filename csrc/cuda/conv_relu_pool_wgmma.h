@@ -14,6 +14,12 @@ enum class Addressing : int {
   kPlanes,   // one tile without swizzle, in planes of 8 channels
 };
 
+// Whether halos can be formed from a pooled gradient: of the first and the fastest, so that the
+// other two do not double what is compiled.
+constexpr bool forms_halos(Addressing addressing) {
+  return addressing == Addressing::kCopies || addressing == Addressing::kShifted;
+}
+
 // Default until a GPU has shown that a faster one is right.
 constexpr Addressing kDefaultAddressing = Addressing::kCopies;
 
@@ -34,8 +40,10 @@ struct WgmmaPlan {
 
 WgmmaPlan conv_relu_pool_wgmma_plan(const ConvPoolForward&, Addressing);
 
-// 3x3, input channels a multiple of 8, 16 or more, output channels of 16.
-void conv_relu_pool_forward_wgmma(const ConvPoolForward&, Addressing, cudaStream_t);
+// 3x3, input channels a multiple of 8, 16 or more, output channels of 16. `source`: what the input
+// is to be formed from, for a part of its gradient of the input.
+void conv_relu_pool_forward_wgmma(const ConvPoolForward&, Addressing, cudaStream_t,
+                                  const ConvPoolBackward* source = nullptr);
 bool conv_relu_pool_forward_wgmma_supports(const ConvPoolForward&);
 
 // 3x3 of 3 input channels, or 1 channel and up to 32 taps.

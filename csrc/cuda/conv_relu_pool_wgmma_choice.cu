@@ -3,6 +3,7 @@
 #include <cstdlib>
 #include <string_view>
 
+#include "conv_relu_pool_backward.cuh"
 #include "conv_relu_pool_wgmma.h"
 
 namespace pyops::cuda {
@@ -102,6 +103,18 @@ void conv_relu_pool_forward_hopper(const ConvPoolForward& f, cudaStream_t stream
     conv_relu_pool_forward_wgmma(f, chosen_addressing(), stream);
   else
     conv_relu_pool_forward_wgmma_stem(f, stream);
+}
+
+bool conv_relu_pool_grad_input_hopper_supports(const ConvPoolBackward& p,
+                                               const ConvPoolForward& f) {
+  return fuses(p) && p.pool_h == 2 && p.pool_w == 2 && p.pool_stride_h == 2 &&
+         p.pool_stride_w == 2 && conv::takes_wide_windows(p) && forms_halos(chosen_addressing()) &&
+         conv_relu_pool_forward_wgmma_supports(f);
+}
+
+void conv_relu_pool_grad_input_hopper(const ConvPoolBackward& p, const ConvPoolForward& f,
+                                      cudaStream_t stream) {
+  conv_relu_pool_forward_wgmma(f, chosen_addressing(), stream, &p);
 }
 
 }  // namespace pyops::cuda

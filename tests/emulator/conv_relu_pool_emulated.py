@@ -1,4 +1,4 @@
-"""Calls of the generic CUDA convolution on the emulator, with poison around every tensor."""
+"""Calls of the CUDA convolution on the emulator, with poison around every tensor."""
 
 from __future__ import annotations
 
@@ -7,18 +7,31 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch.nn import grad as nn_grad
 
 from build import HERE, ROOT, Emulated
-from pyops.reference.conv_relu_pool import ConvPoolSpec, conv_extents, pool_extents, stores_codes
+from pyops.reference.conv_relu_pool import (
+    ConvPoolSpec,
+    Expansion,
+    conv_extents,
+    pool_extents,
+    stores_codes,
+)
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+# What products are rounded to, and the tensors' type.
+PRECISIONS = {
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "tf32": torch.float32,
+    "exact": torch.float32,
+}
 CUDA = ROOT / "csrc" / "cuda"
+GENERIC = ("tile", "mma", "fma", "expand", "grad_input", "grad_weight")
 SOURCES = [
     HERE / "conv_relu_pool_entry.cpp",
-    *(
-        CUDA / f"conv_relu_pool_{part}.cu"
-        for part in ("tile", "mma", "fma", "expand", "grad_weight")
-    ),
+    *(CUDA / f"conv_relu_pool_{part}.cu" for part in GENERIC),
+    *sorted(CUDA.glob("conv_relu_pool_wgmma*.cu")),
 ]
 _MARGIN = 256  # elements of poison before and after a tensor
 _MULTIPROCESSORS = 2
@@ -65,6 +78,24 @@ def plain(x, w, b, spec: ConvPoolSpec):
     return before, out
 
 
+def plain_gradients(x, w, grad, selector, spec, rounded=lambda t: t):
+    """Of input, weight and bias in plain torch; operands of products `rounded`."""
+    dense = Expansion(selector, spec, conv_extents(x.shape, w.shape, spec)).expand(grad)
+    geometry = (spec.stride, spec.padding, spec.dilation, spec.groups)
+    x, w, operand = rounded(x), rounded(w), rounded(dense)
+    return (
+        nn_grad.conv2d_input(x.shape, w, operand, *geometry),
+        nn_grad.conv2d_weight(x, w.shape, operand, *geometry),
+        dense.sum((0, 2, 3)),
+    )
+
+
+def to_tf32(t):
+    """Rounded to 10 bits of mantissa, to nearest, ties away from zero."""
+    bits = t.float().contiguous().view(torch.int32)
+    return ((bits + 0x1000) & ~0x1FFF).view(torch.float32).to(t.dtype)
+
+
 class Poisoned(NamedTuple):
     tensor: torch.Tensor
     buffer: torch.Tensor
@@ -98,7 +129,7 @@ def dense_strides(shape, channels_last):
     return (c * h * w, 1, w * c, c) if channels_last else (c * h * w, h * w, w, 1)
 
 
-def sizes_of(x, w, spec: ConvPoolSpec, out, tf32):
+def sizes_of(x, w, spec: ConvPoolSpec, out, tf32, capability=80):
     conv_size = conv_extents(x.shape, w.shape, spec)
     fields = [
         *(*x.shape, w.shape[0], *w.shape[2:], *spec.stride, *spec.padding, *spec.dilation),
@@ -108,6 +139,7 @@ def sizes_of(x, w, spec: ConvPoolSpec, out, tf32):
         ("none", "max", "avg").index(spec.pool),
         DTYPES.index(x.dtype),
         int(tf32),
+        capability,
         _MULTIPROCESSORS,
     ]
     return (ctypes.c_int64 * len(fields))(*fields)
@@ -161,44 +193,62 @@ def gradients(
     *,
     tf32=False,
     offset=0,
+    wanted=(True, True, True),
+    expand=False,
+    capability=80,
     **how,
 ):
-    """Gradients of input (as it lies), weight and bias; selector: codes, or the output, or None."""
+    """Gradients of input (as it lies), weight and bias, None where not `wanted`.
+
+    selector: codes, or the output, or None. expand: as where Hopper's convolution has to be given
+    the expanded gradient.
+    """
 
     def last(t):
         return Poisoned.copy(t.contiguous(memory_format=torch.channels_last), offset).tensor
 
     inputs = Poisoned.copy(x, offset)
     weights = Poisoned.copy(w.permute(0, 2, 3, 1).contiguous(), offset).tensor
-    conv_shape = (x.shape[0], w.shape[0], *conv_extents(x.shape, w.shape, spec))
-    expanded = Poisoned.make(conv_shape, dense_strides(conv_shape, True), x.dtype)
     results = [
-        Poisoned.make(t, s, x.dtype, offset)
-        for t, s in ((x.shape, x.stride()), (w.shape, w.stride()), (w.shape[:1], (1,)))
+        Poisoned.make(t, s, x.dtype, offset) if want else None
+        for want, t, s in zip(
+            wanted,
+            (x.shape, w.shape, w.shape[:1]),
+            (x.stride(), w.stride(), (1,)),
+            strict=True,
+        )
     ]
-    sizes = sizes_of(inputs.tensor, w, spec, grad, tf32)
+    sizes = sizes_of(inputs.tensor, w, spec, grad, tf32, capability)
     size = library.library.conv_relu_pool_workspace
     size.restype = ctypes.c_int64
     workspace = Poisoned.make((size(sizes) // 4 + 1,), (1,), torch.float32)
+    grad = last(grad)
     coded = selector is not None and selector.dtype == torch.uint8
+    expanded = None
+    if expand or needs_expanded(library, sizes, wanted[0]):
+        shape = (x.shape[0], w.shape[0], *conv_extents(x.shape, w.shape, spec))
+        expanded = Poisoned.make(shape, dense_strides(shape, True), x.dtype)
+    unchanged = spec.pool == "none" and spec.activation == "none"
     library.call(
         "conv_relu_pool_gradients",
         sizes,
         spec.negative_slope,
-        last(grad),
+        grad,
         last(selector) if coded else None,
         last(selector) if selector is not None and not coded else None,
         inputs.tensor,
         weights,
-        expanded.tensor if needs_expansion(spec) else last(grad),
-        *(result.tensor for result in results),
+        grad if unchanged else expanded and expanded.tensor,
+        *(result and result.tensor for result in results),
         workspace.tensor,
         **how,
     )
     for each in (*results, expanded, workspace):
-        assert each.only_inside_written()
-    return tuple(result.tensor for result in results)
+        assert each is None or each.only_inside_written()
+    return tuple(result and result.tensor for result in results)
 
 
-def needs_expansion(spec: ConvPoolSpec) -> bool:
-    return spec.pool != "none" or spec.activation != "none"
+def needs_expanded(library: Emulated, sizes, grad_input: bool) -> bool:
+    function = library.library.conv_relu_pool_needs_expanded
+    function.restype = ctypes.c_bool
+    return function(sizes, ctypes.c_bool(grad_input))

@@ -1,4 +1,4 @@
-// The generic convolution kernels for ctypes: emulated.
+// The convolution kernels as the op chooses among them, for ctypes: emulated.
 #include "conv_relu_pool.h"
 #include "emulator.h"
 
@@ -25,14 +25,16 @@ Params make(const int64_t* sizes, float slope, Strides& out) {
   p.pool = static_cast<pyops::Pool>(*sizes++);
   p.dtype = static_cast<DType>(*sizes++);
   p.allow_tf32 = *sizes++ != 0;
-  p.device = {80, static_cast<int>(*sizes++)};
+  p.device.capability = static_cast<int>(*sizes++);
+  p.device.multiprocessors = static_cast<int>(*sizes++);
   return p;
 }
 
 void convolve(const ConvPoolForward& p) {
+  if (conv_relu_pool_forward_hopper_supports(p)) return conv_relu_pool_forward_hopper(p, nullptr);
   if (conv_relu_pool_forward_mma_supports(p)) return conv_relu_pool_forward_mma(p, nullptr);
   if (conv_relu_pool_forward_fma_supports(p)) return conv_relu_pool_forward_fma(p, nullptr);
-  throw std::runtime_error("no generic kernel takes this");
+  throw std::runtime_error("no kernel takes this");
 }
 
 }  // namespace
@@ -54,6 +56,14 @@ const char* conv_relu_pool_forward(const int64_t* sizes, float slope, const void
 int64_t conv_relu_pool_workspace(const int64_t* sizes) {
   Strides out;
   return conv_relu_pool_backward_workspace(make<ConvPoolBackward>(sizes, 0.0f, out));
+}
+
+bool conv_relu_pool_needs_expanded(const int64_t* sizes, bool grad_input) {
+  Strides out;
+  ConvPoolBackward p = make<ConvPoolBackward>(sizes, 0.0f, out);
+  p.grad_input = reinterpret_cast<void*>(grad_input ? 256 : 0);
+  p.grad_in = p.in;
+  return needs_expanded(p);
 }
 
 // The gradient of the input lies as the input does.

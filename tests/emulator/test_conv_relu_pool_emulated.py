@@ -4,11 +4,20 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conv_relu_pool_emulated import DTYPES, SOURCES, forward, gradients, plain, spec_of
-from torch.nn import grad as nn_grad
+from conv_relu_pool_emulated import (
+    DTYPES,
+    PRECISIONS,
+    SOURCES,
+    forward,
+    gradients,
+    plain,
+    plain_gradients,
+    spec_of,
+    to_tf32,
+)
 
 from build import Emulated, missing
-from pyops.reference.conv_relu_pool import Expansion, conv_extents, make_codes, stores_codes
+from pyops.reference.conv_relu_pool import make_codes, stores_codes
 from pyops.testing import GRADIENT_BUDGET, assert_within_budget
 
 pytestmark = pytest.mark.skipif(missing() is not None, reason=str(missing()))
@@ -80,11 +89,11 @@ def test_exact_on_integers_with_codes(library, name, channels_last):
             assert torch.equal(codes, make_codes(before, spec))
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp16", "tf32", "exact"])
+@pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("name", ["3x3, 2x2 windows", "overlapping", "odd channels", "average"])
 def test_error_budget(library, name, precision):
     x_shape, w_shape, options = SHAPES[name]
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
+    dtype = PRECISIONS[precision]
     spec = spec_of(**options)
     x = torch.randn(x_shape).to(dtype).contiguous(memory_format=torch.channels_last)
     w = (torch.randn(w_shape) / (w_shape[1] * w_shape[2] * w_shape[3]) ** 0.5).to(dtype)
@@ -97,12 +106,6 @@ def test_error_budget(library, name, precision):
         return
     exact = plain(x.double(), w.double(), b.double(), spec)[1]
     assert_within_budget(out, plain(x.contiguous(), w, b, spec)[1], exact)
-
-
-def to_tf32(t):
-    """Rounded to 10 bits of mantissa, to nearest, ties away from zero."""
-    bits = t.float().contiguous().view(torch.int32)
-    return ((bits + 0x1000) & ~0x1FFF).view(torch.float32).to(t.dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -191,18 +194,6 @@ def test_gradients_are_exact_on_integers(library, name, channels_last):
             assert torch.equal(result.double(), want.to(dtype).double())
 
 
-def plain_gradients(x, w, grad, selector, spec, rounded=lambda t: t):
-    """Of input, weight and bias in plain torch; operands of products `rounded`."""
-    dense = Expansion(selector, spec, conv_extents(x.shape, w.shape, spec)).expand(grad)
-    geometry = (spec.stride, spec.padding, spec.dilation, spec.groups)
-    x, w, operand = rounded(x), rounded(w), rounded(dense)
-    return (
-        nn_grad.conv2d_input(x.shape, w, operand, *geometry),
-        nn_grad.conv2d_weight(x, w.shape, operand, *geometry),
-        dense.sum((0, 2, 3)),
-    )
-
-
 # The last has enough pixels for the weight's gradient to be summed in several parts.
 GRADIENT_SHAPES = {
     "2x2 windows": ((2, 16, 9, 10), (24, 16, 3, 3), {"padding": 1}),
@@ -213,11 +204,11 @@ GRADIENT_SHAPES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp16", "tf32", "exact"])
+@pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("name", GRADIENT_SHAPES)
 def test_error_budget_of_gradients(library, name, precision):
     x_shape, w_shape, options = GRADIENT_SHAPES[name]
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
+    dtype = PRECISIONS[precision]
     spec = spec_of(**options)
     x = torch.randn(x_shape).to(dtype).contiguous(memory_format=torch.channels_last)
     w = (torch.randn(w_shape) / (w_shape[1] * w_shape[2] * w_shape[3]) ** 0.5).to(dtype)

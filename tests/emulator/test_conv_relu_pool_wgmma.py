@@ -147,3 +147,8 @@ def test_plan(shape, out_channels, rows, grid):
     assert resident == (shape[1] <= 64)
     pairs = -(-shape[0] * tiles_h * tiles_w // 2)
     assert works == pairs * (out_channels // 64)
+
+
+def test_what_it_does_not_take_is_refused_by_the_launcher_too():
+    with pytest.raises(build.EmulatorError, match="does not take 16 to 24 channels"):
+        Case((1, 16, 4, 4), 24).run(kernels(), "copies")
