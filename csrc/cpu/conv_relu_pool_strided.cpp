@@ -26,15 +26,13 @@ bool is_strided(const ConvReluPoolParams& p) {
 
 }  // namespace
 
-bool suits_strided_winograd(const ConvReluPoolParams& p) {
-  return p.dtype == DType::kFloat && p.pool == Pool::kNone && p.groups == 1 && p.kernel_h == 4 &&
-         p.kernel_w == 4 && p.stride_h == 2 && p.stride_w == 2 && p.pad_h == 1 && p.pad_w == 1 &&
-         p.dilation_h == 1 && p.dilation_w == 1 && p.in_channels % 32 == 0 &&
-         p.out_channels % 32 == 0;
+bool suits_strided_forward(const ConvReluPoolParams& p) {
+  return p.pool == Pool::kNone && p.codes == nullptr &&
+         suits_strided_winograd(p, p.in_channels, p.out_channels);
 }
 
 bool strided_forward(const ConvReluPoolParams& p) {
-  if (!suits_strided_winograd(p) || p.codes != nullptr) return false;
+  if (!suits_strided_forward(p)) return false;
   const std::vector<float> zeros(p.out_channels, 0.0f), ones(p.out_channels, 1.0f);
   StridedConvParams s{};
   s.batch = p.batch, s.in_channels = p.in_channels, s.in_h = p.in_h, s.in_w = p.in_w;

@@ -6,8 +6,8 @@
 
 namespace pyops::cpu {
 
-// Whether strided_forward takes it: 4x4, stride 2, padding 1, whole blocks of channels.
-bool suits_strided_winograd(const ConvReluPoolParams& p);
+// Whether strided_forward takes it: 4x4, stride 2, padding 1, no pool, no codes.
+bool suits_strided_forward(const ConvReluPoolParams& p);
 // The whole op; p.weight is contiguous. If it returns false, the output is not to be read.
 bool strided_forward(const ConvReluPoolParams& p);
 

@@ -331,10 +331,7 @@ bool weight_gradient(const ConvTransposeParams& p, const Tensor& x, const Tensor
 // The convolution of du with the weight (times scale), by our own kernel, if it takes them.
 bool input_gradient(const ConvTransposeParams& p, const Tensor& du, const Tensor& weight,
                     Tensor* grad_input) {
-  const bool suits = p.dtype == DType::kFloat && p.groups == 1 && p.kernel_h == 4 &&
-                     p.kernel_w == 4 && p.stride_h == 2 && p.stride_w == 2 && p.pad_h == 1 &&
-                     p.pad_w == 1 && p.dilation_h == 1 && p.dilation_w == 1;
-  if (!suits) return false;
+  if (!suits_strided_winograd(p, p.in_channels, p.out_channels)) return false;
   Tensor result =
       empty_dense({p.batch, p.in_channels, p.in_h, p.in_w}, p.channels_last, du.scalar_type());
   const std::vector<float> zeros(p.in_channels, 0.0f), ones(p.in_channels, 1.0f);

@@ -7,6 +7,15 @@
 
 namespace pyops::cpu {
 
+// Whether the kernels below take this convolution or transposed one, from or to that many channels.
+template <class Params>
+static inline bool suits_strided_winograd(const Params& p, int64_t channels, int64_t others) {
+  return p.dtype == DType::kFloat && p.groups == 1 && p.kernel_h == 4 && p.kernel_w == 4 &&
+         p.stride_h == 2 && p.stride_w == 2 && p.pad_h == 1 && p.pad_w == 1 && p.dilation_h == 1 &&
+         p.dilation_w == 1 && channels % 32 == 0 && others % 32 == 0;
+}
+
+// What suits_strided_winograd says yes to:
 // output = activation((conv(input, weight) + bias) * scale + shift), the last three by channel.
 struct StridedConvParams {
   int64_t batch, in_channels, in_h, in_w, out_channels, out_h, out_w;

@@ -337,7 +337,6 @@ bool run(const Problem& p) {
 }  // namespace
 
 bool strided_conv_winograd(const StridedConvParams& c) {
-  if (c.in_channels % kOutBlock != 0 || c.out_channels % kOutBlock != 0) return false;
   ConvTransposeParams e{};
   e.activation = c.activation, e.negative_slope = c.negative_slope;
   const Problem p{c.batch, c.in_channels, c.in_h,          c.in_w,   c.out_channels,
@@ -347,10 +346,7 @@ bool strided_conv_winograd(const StridedConvParams& c) {
 }
 
 bool conv_transpose_winograd(const ConvTransposeParams& c) {
-  const bool suits = c.dtype == DType::kFloat && c.groups == 1 && c.kernel_h == 4 &&
-                     c.kernel_w == 4 && c.stride_h == 2 && c.stride_w == 2 && c.pad_h == 1 &&
-                     c.pad_w == 1 && c.dilation_h == 1 && c.dilation_w == 1;
-  if (!suits || c.in_channels % kOutBlock != 0 || c.out_channels % kOutBlock != 0) return false;
+  if (!suits_strided_winograd(c, c.in_channels, c.out_channels)) return false;
   const Problem p{c.batch,
                   c.in_channels,
                   c.in_h,

@@ -18,6 +18,7 @@ constexpr int kRows = 8;  // channels of a register block: kRows x kOutVectors s
 #else
 constexpr int kRows = 4;
 #endif
+constexpr int64_t kLeastPixels = 256;
 constexpr int64_t kChunkTiles = 288;
 constexpr int64_t kSkew = 16;  // floats that keep positions out of each other's cache sets
 static_assert(kLanes % kRows == 0);
@@ -193,10 +194,9 @@ class WeightGradient {
 }  // namespace
 
 bool strided_wgrad_winograd(const StridedWgradParams& p) {
-  const bool suits = p.dtype == DType::kFloat && p.groups == 1 && p.kernel_h == 4 &&
-                     p.kernel_w == 4 && p.stride_h == 2 && p.stride_w == 2 && p.pad_h == 1 &&
-                     p.pad_w == 1 && p.dilation_h == 1 && p.dilation_w == 1;
-  if (!suits || p.high_channels % kOutBlock != 0 || p.low_channels % kOutBlock != 0) return false;
+  if (!suits_strided_winograd(p, p.low_channels, p.high_channels)) return false;
+  // Sums over few pixels do not pay for the transforms, nor hide their rounding.
+  if (p.batch * p.low_h * p.low_w < kLeastPixels) return false;
   return WeightGradient<Filter<4>>(p).run();
 }
 

@@ -23,7 +23,7 @@ from .conv_relu_pool_rules import EagerFunction
 
 _OP = "conv_relu_pool2d"
 _MOST_PLACES_CUDA = 128  # of a window: as many as a tile has rows
-_LEAST_BATCH_OF_WINOGRAD = 16
+_LEAST_BATCH_OF_WINOGRAD = 8
 
 
 def conv_relu_pool2d(
