@@ -3,8 +3,9 @@
 // The same identity as for the convolution, read in another direction: with V the transformed
 // input and P the transformed gradient, the sum of V x P over tiles, one product of matrices a
 // position, is the gradient of the transformed weight. A few images at a time:
-//   transform   V (position, channel group of all phases, tile, lane), P (position, block, tile,
-//   kOutBlock) gemm        S (position, phase and channel, output channel) += V x P
+//   transform   V (position, phase and channel group, tile, lane)
+//               P (position, block, tile, kOutBlock)
+//   gemm        S (block, position, phase and channel, kOutBlock) += V x P
 // and at the end S is transformed back. Sums are in a fixed order whatever the threads do.
 #include "runtime.h"
 #include "strided_conv_winograd.h"
@@ -19,13 +20,12 @@ constexpr int kRows = 8;  // channels of a register block: kRows x kOutVectors s
 constexpr int kRows = 4;
 #endif
 constexpr int64_t kLeastPixels = 256;
-constexpr int64_t kChunkTiles = 288;
+constexpr int64_t kChunkBytes = 6 << 20;  // of V and P
 constexpr int64_t kSkew = 16;  // floats that keep positions out of each other's cache sets
 static_assert(kLanes % kRows == 0);
 
-// sums (kRows, pitch) = or += v (tile, kLanes)^T x g (tile, kOutBlock).
-PYOPS_INLINE void gemm(const float* v, const float* g, int64_t tiles, float* sums, int64_t pitch,
-                       bool add) {
+// sums (kRows, kOutBlock) = or += v (tile, kLanes)^T x g (tile, kOutBlock).
+PYOPS_INLINE void gemm(const float* v, const float* g, int64_t tiles, float* sums, bool add) {
   Vec sum[kRows][kOutVectors] = {};
 #pragma GCC unroll 2
   for (int64_t t = 0; t < tiles; ++t, v += kLanes, g += kOutBlock) {
@@ -38,7 +38,7 @@ PYOPS_INLINE void gemm(const float* v, const float* g, int64_t tiles, float* sum
     }
   }
 #pragma GCC unroll 8
-  for (int r = 0; r < kRows; ++r, sums += pitch) {
+  for (int r = 0; r < kRows; ++r, sums += kOutBlock) {
     store(sums, add ? load(sums) + sum[r][0] : sum[r][0]);
     store(sums + kLanes, add ? load(sums + kLanes) + sum[r][1] : sum[r][1]);
   }
@@ -63,12 +63,18 @@ class WeightGradient {
 
   bool run() const {
     const Tiles one(p.low_h, p.low_w, 1);
-    const int64_t chunk = least(p.batch, most(1, kChunkTiles / one.tiles()));
+    const int64_t positions = one.down.positions() * one.across.positions();
+    const int64_t chunks = divide_up(p.batch * positions * (high + low) * 4, kChunkBytes);
+    const int64_t chunk = divide_up(p.batch, least(p.batch, chunks));
     Tiles tiles(p.low_h, p.low_w, chunk);
     float* const v = static_cast<float*>(scratch(0, kPositions * v_position(tiles) * 4));
     float* const g = static_cast<float*>(scratch(1, kPositions * g_position(tiles) * 4));
-    float* const sums = static_cast<float*>(scratch(2, kPositions * s_position() * 4));
+    const int64_t block_bytes = kPositions * s_position() * 4;
+    const bool at_once = chunk >= p.batch;
+    float* const all_sums =
+        at_once ? nullptr : static_cast<float*>(scratch(2, low_blocks * block_bytes));
     const int64_t parts = p.high_channels / kLanes + low_blocks;
+    int spoilt = 0;
     for (int64_t first = 0; first < p.batch; first += chunk) {
       tiles.images = least(chunk, p.batch - first);
       parallel_for(tiles.images * parts, [&](int64_t index) {
@@ -79,24 +85,23 @@ class WeightGradient {
           transform_high(tiles, first, image, part - low_blocks, v);
         }
       });
-      parallel_for(kPositions * low_blocks, [&](int64_t index) {
-        const int position = static_cast<int>(index / low_blocks);
-        if (tiles.used(position)) {
-          multiply(tiles, position, index % low_blocks, v, g, first > 0, sums);
+      parallel_for(low_blocks, [&](int64_t block) {
+        float* const sums = at_once ? static_cast<float*>(scratch(5, block_bytes))
+                                    : all_sums + block * block_bytes / 4;
+        for (int position = 0; position < kPositions; ++position) {
+          if (tiles.used(position)) multiply(tiles, position, block, v, g, first > 0, sums);
         }
+        if (first + chunk < p.batch || write(tiles, block, sums)) return;
+        __atomic_store_n(&spoilt, 1, __ATOMIC_RELAXED);
       });
     }
-    int spoilt = 0;
-    parallel_for(low / kLanes, [&](int64_t group) {
-      if (!write(one, group, sums)) __atomic_store_n(&spoilt, 1, __ATOMIC_RELAXED);
-    });
     return spoilt == 0;
   }
 
  private:
   int64_t v_position(const Tiles& tiles) const { return high * tiles.tiles() + kSkew; }
   int64_t g_position(const Tiles& tiles) const { return low * tiles.tiles() + kSkew; }
-  int64_t s_position() const { return high * low + kSkew; }
+  int64_t s_position() const { return high * kOutBlock + kSkew; }
 
   void transform_high(const Tiles& tiles, int64_t first, int64_t image, int64_t group,
                       float* v) const {
@@ -145,21 +150,21 @@ class WeightGradient {
       const float* const left =
           v + position * v_position(tiles) + (group * tiles.tiles() + begin) * kLanes;
       for (int64_t c = 0; c < kLanes; c += kRows) {
-        float* const to =
-            sums + position * s_position() + (group * kLanes + c) * low + block * kOutBlock;
-        gemm(left + c, right, end - begin, to, low, add);
+        float* const to = sums + position * s_position() + (group * kLanes + c) * kOutBlock;
+        gemm(left + c, right, end - begin, to, add);
       }
     }
   }
 
-  // The weights of kLanes low channels and all high ones. False if one is not finite.
-  bool write(const Tiles& tiles, int64_t group, const float* sums) const {
+  // The weights of one block of low channels and all high ones. False if one is not finite.
+  bool write(const Tiles& tiles, int64_t block, const float* sums) const {
     VecInt bad{};
-    for (int64_t c = 0; c < p.high_channels; ++c) {
+    for (int64_t index = 0; index < kOutVectors * p.high_channels; ++index) {
+      const int64_t vec = index / p.high_channels, c = index % p.high_channels;
       Vec taps[kTaps];
 #pragma GCC unroll 4
       for (int phase = 0; phase < kPhases; ++phase) {
-        const float* const from = sums + (phase * p.high_channels + c) * low + group * kLanes;
+        const float* const from = sums + (phase * p.high_channels + c) * kOutBlock + vec * kLanes;
         Vec half[2][kAlpha];
 #pragma GCC unroll 5
         for (int j = 0; j < kAlpha; ++j) {
@@ -183,8 +188,8 @@ class WeightGradient {
           bad |= (out[0] - out[0] != Vec{}) | (out[1] - out[1] != Vec{});
         }
       }
-      float* const to =
-          static_cast<float*>(p.grad_weight) + (group * kLanes * p.high_channels + c) * kTaps;
+      const int64_t k = block * kOutBlock + vec * kLanes;
+      float* const to = static_cast<float*>(p.grad_weight) + (k * p.high_channels + c) * kTaps;
       store_taps(taps, to, p.high_channels * kTaps);
     }
     return !any(bad);
