@@ -126,9 +126,13 @@ class Convolution {
       const int64_t first = index % tasks * channels_a_task;
       transform_weights(index / tasks, first, least(p.in_channels, first + channels_a_task), u);
     });
-    parallel_for(divide_up(p.batch, grid.images), [&](int64_t index) {
-      const int64_t first = index * grid.images;
-      run_block(first, least(p.batch - first, grid.images), u);
+    // With fewer blocks than threads several transform the same images, for their own outputs.
+    const int64_t blocks = divide_up(p.batch, grid.images);
+    const int64_t splits = least(out_blocks, divide_up(num_threads(), blocks));
+    parallel_for(blocks * splits, [&](int64_t index) {
+      const int64_t first = index / splits * grid.images, part = index % splits;
+      run_block(first, least(p.batch - first, grid.images), u, out_blocks * part / splits,
+                out_blocks * (part + 1) / splits);
     });
     return __atomic_load_n(&spoilt, __ATOMIC_RELAXED) == 0;
   }
@@ -189,7 +193,8 @@ class Convolution {
     }
   }
 
-  void run_block(int64_t first, int64_t images, const float* u) const {
+  // For output blocks [begin, end).
+  void run_block(int64_t first, int64_t images, const float* u, int64_t begin, int64_t end) const {
     Tiles tiles = grid;
     tiles.images = images;
     const int64_t v_size = kPositions * v_position(tiles), count = tiles.tiles();
@@ -208,7 +213,7 @@ class Convolution {
       pixels =
           static_cast<float*>(scratch(6, (images * area + kLanes) * kOutBlock * sizeof(float)));
     }
-    for (int64_t block = 0; block < out_blocks; ++block) {
+    for (int64_t block = begin; block < end; ++block) {
       for (int f = 0; f < kProblems; ++f) {
         multiply(tiles, v + f * v_size, u + block * u_block() + f * kPositions * u_position(), m);
         const uint32_t* const mask = seen ? seen + f * count : nullptr;

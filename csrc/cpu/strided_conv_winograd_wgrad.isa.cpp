@@ -20,7 +20,7 @@ constexpr int kRows = 8;  // channels of a register block: kRows x kOutVectors s
 constexpr int kRows = 4;
 #endif
 constexpr int64_t kLeastPixels = 256;
-constexpr int64_t kChunkBytes = 6 << 20;  // of V and P
+constexpr int64_t kChunkBytes = 6 << 20;  // of V and P, at least
 constexpr int64_t kSkew = 16;  // floats that keep positions out of each other's cache sets
 static_assert(kLanes % kRows == 0);
 
@@ -64,15 +64,18 @@ class WeightGradient {
   bool run() const {
     const Tiles one(p.low_h, p.low_w, 1);
     const int64_t positions = one.down.positions() * one.across.positions();
-    const int64_t chunks = divide_up(p.batch * positions * (high + low) * 4, kChunkBytes);
+    const int64_t block_floats = kPositions * s_position();
+    // Every chunk goes through all sums once more.
+    const int64_t chunk_bytes = most(kChunkBytes, low_blocks * block_floats);
+    const int64_t chunks = divide_up(p.batch * positions * (high + low) * 4, chunk_bytes);
     const int64_t chunk = divide_up(p.batch, least(p.batch, chunks));
     Tiles tiles(p.low_h, p.low_w, chunk);
     float* const v = static_cast<float*>(scratch(0, kPositions * v_position(tiles) * 4));
     float* const g = static_cast<float*>(scratch(1, kPositions * g_position(tiles) * 4));
-    const int64_t block_bytes = kPositions * s_position() * 4;
-    const bool at_once = chunk >= p.batch;
+    // Sums that need not outlive their task stay in its cache.
+    const bool at_once = chunk >= p.batch && low_blocks >= num_threads();
     float* const all_sums =
-        at_once ? nullptr : static_cast<float*>(scratch(2, low_blocks * block_bytes));
+        at_once ? nullptr : static_cast<float*>(scratch(2, low_blocks * block_floats * 4));
     const int64_t parts = p.high_channels / kLanes + low_blocks;
     int spoilt = 0;
     for (int64_t first = 0; first < p.batch; first += chunk) {
@@ -85,15 +88,28 @@ class WeightGradient {
           transform_high(tiles, first, image, part - low_blocks, v);
         }
       });
-      parallel_for(low_blocks, [&](int64_t block) {
-        float* const sums = at_once ? static_cast<float*>(scratch(5, block_bytes))
-                                    : all_sums + block * block_bytes / 4;
-        for (int position = 0; position < kPositions; ++position) {
-          if (tiles.used(position)) multiply(tiles, position, block, v, g, first > 0, sums);
-        }
-        if (first + chunk < p.batch || write(tiles, block, sums)) return;
-        __atomic_store_n(&spoilt, 1, __ATOMIC_RELAXED);
+      const bool last = first + chunk >= p.batch;
+      const auto finish = [&](int64_t block, const float* sums) {
+        if (!write(tiles, block, sums)) __atomic_store_n(&spoilt, 1, __ATOMIC_RELAXED);
+      };
+      if (at_once) {
+        parallel_for(low_blocks, [&](int64_t block) {
+          float* const sums = static_cast<float*>(scratch(5, block_floats * 4));
+          for (int position = 0; position < kPositions; ++position) {
+            multiply(tiles, position, block, v, g, false, sums);
+          }
+          finish(block, sums);
+        });
+        continue;
+      }
+      parallel_for(low_blocks * kPositions, [&](int64_t index) {
+        const int64_t block = index / kPositions;
+        multiply(tiles, static_cast<int>(index % kPositions), block, v, g, first > 0,
+                 all_sums + block * block_floats);
       });
+      if (!last) continue;
+      parallel_for(low_blocks,
+                   [&](int64_t block) { finish(block, all_sums + block * block_floats); });
     }
     return spoilt == 0;
   }
@@ -142,6 +158,7 @@ class WeightGradient {
 
   void multiply(const Tiles& tiles, int position, int64_t block, const float* v, const float* g,
                 bool add, float* sums) const {
+    if (!tiles.used(position)) return;
     int64_t begin, end;
     tiles.range(position, &begin, &end);
     const float* const right =

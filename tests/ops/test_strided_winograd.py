@@ -27,6 +27,7 @@ SHAPES = {
     "odd": (5, 32, 96, 15, 17),
     "several blocks of images": (41, 64, 32, 14, 14),
     "an image a block": (2, 128, 32, 32, 26),
+    "one image": (1, 32, 96, 32, 34),
 }
 EACH = pytest.mark.parametrize("name", SHAPES)
 LAYOUTS = pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "nhwc"])
@@ -174,17 +175,18 @@ def test_windows_of_zeros_give_exact_zeros(name, bias, channels_last):
 
 
 @LAYOUTS
-def test_threads_do_not_change_the_result(channels_last):
-    tensors = conv_inputs("several blocks of images", channels_last)
+@pytest.mark.parametrize("name", ["several blocks of images", "one image"])
+def test_threads_do_not_change_the_result(name, channels_last):
+    tensors = conv_inputs(name, channels_last)
     before, results = torch.get_num_threads(), []
     try:
-        for threads in (2, 2, 1):
+        for threads in (2, 4, 1):
             torch.set_num_threads(threads)
             results.append(gradients(conv, tensors))
     finally:
         torch.set_num_threads(before)
-    for twice, once in (results[:2], results[1:]):
-        assert all(torch.equal(a, b) for a, b in zip(twice, once, strict=True))
+    for result in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
 
 
 def test_weights_that_lie_channels_last():
