@@ -25,7 +25,7 @@ SHAPES = {
     "every size of tile": (6, 32, 64, 14, 14),
     "uneven tiles": (5, 32, 32, 10, 22),
     "odd": (5, 32, 96, 15, 17),
-    "several blocks of images": (41, 64, 32, 14, 14),
+    "several blocks of images": (75, 64, 32, 14, 14),
     "an image a block": (2, 128, 32, 32, 26),
     "one image": (1, 32, 96, 32, 34),
 }
