@@ -47,6 +47,10 @@ void run_forward(ConvReluPoolParams& p, const Tensor& weight) {
     p.weight_channels_last = false;
   };
   if (p.groups > 1 || p.in_channels < 8 || p.in_channels % 2 == 1) lay_contiguous();
+  if (suits_strided_forward(p)) {
+    lay_contiguous();
+    if (strided_forward(p)) return;
+  }
   if (p.dtype != DType::kDouble) {
     if (PYOPS_ISA_SELECT(conv_relu_pool_stem)(p)) return;
     if (PYOPS_ISA_SELECT(conv_relu_pool_winograd_int16)(p)) return;
@@ -64,7 +68,7 @@ void run_forward(ConvReluPoolParams& p, const Tensor& weight) {
 bool library_is_faster(const ConvReluPoolParams& p) {
   return p.dtype == DType::kFloat && p.pool == Pool::kNone &&
          std::max(p.stride_h, p.stride_w) > 1 && p.groups == 1 && p.conv_h * p.conv_w <= 16 &&
-         p.in_channels >= 128 && p.batch >= 16 && !stores_codes(p);
+         p.in_channels >= 128 && p.batch >= 16 && !stores_codes(p) && !suits_strided_forward(p);
 }
 
 Tensor library_forward(const ConvReluPoolParams& p, const Tensor& input, const Tensor& weight,

@@ -4,7 +4,7 @@
 #include <vector>
 
 #include "conv_transpose_act.h"
-#include "strided_conv.h"
+#include "strided_conv_winograd.h"
 
 #define PYOPS_ISA baseline  // plain loops; simd.h only for the 16-bit types
 #include "simd.h"
@@ -25,6 +25,28 @@ bool is_strided(const ConvReluPoolParams& p) {
 }
 
 }  // namespace
+
+bool suits_strided_forward(const ConvReluPoolParams& p) {
+  return p.pool == Pool::kNone && p.codes == nullptr &&
+         suits_strided_winograd(p, p.in_channels, p.out_channels);
+}
+
+bool strided_forward(const ConvReluPoolParams& p) {
+  if (!suits_strided_forward(p)) return false;
+  const std::vector<float> zeros(p.out_channels, 0.0f), ones(p.out_channels, 1.0f);
+  StridedConvParams s{};
+  s.batch = p.batch, s.in_channels = p.in_channels, s.in_h = p.in_h, s.in_w = p.in_w;
+  s.out_channels = p.out_channels, s.out_h = p.out_h, s.out_w = p.out_w;
+  s.activation = output_activation(p.activation);
+  s.negative_slope = static_cast<float>(p.negative_slope);
+  s.channels_last = p.channels_last;
+  s.input = static_cast<const float*>(p.input);
+  s.weight = static_cast<const float*>(p.weight);
+  s.bias = p.bias != nullptr ? static_cast<const float*>(p.bias) : zeros.data();
+  s.scale = ones.data(), s.shift = zeros.data();
+  s.output = static_cast<float*>(p.output);
+  return PYOPS_ISA_SELECT(strided_conv_winograd)(s);
+}
 
 bool activation_gradient(const ConvReluPoolGradParams& g, const void* output, void* expanded) {
   const ConvReluPoolParams& p = g.p;
@@ -70,7 +92,8 @@ bool strided_grad_input(const ConvReluPoolParams& p, const void* expanded, void*
   t.dtype = p.dtype, t.channels_last = p.channels_last;
   t.input = expanded, t.weight = p.weight, t.output = grad_input;
   t.bias = t.shift = zeros.data(), t.scale = ones.data();
-  return PYOPS_ISA_SELECT(conv_transpose_planar)(t) || PYOPS_ISA_SELECT(conv_transpose_direct)(t);
+  return PYOPS_ISA_SELECT(conv_transpose_winograd)(t) ||
+         PYOPS_ISA_SELECT(conv_transpose_planar)(t) || PYOPS_ISA_SELECT(conv_transpose_direct)(t);
 }
 
 bool strided_grad_weight(const ConvReluPoolParams& p, const void* expanded, void* grad_weight) {
@@ -85,7 +108,7 @@ bool strided_grad_weight(const ConvReluPoolParams& p, const void* expanded, void
   w.dilation_h = p.dilation_h, w.dilation_w = p.dilation_w;
   w.dtype = p.dtype, w.channels_last = p.channels_last;
   w.low = expanded, w.high = p.input, w.grad_weight = grad_weight;
-  return PYOPS_ISA_SELECT(strided_conv_wgrad)(w);
+  return PYOPS_ISA_SELECT(strided_wgrad_winograd)(w) || PYOPS_ISA_SELECT(strided_conv_wgrad)(w);
 }
 
 }  // namespace pyops::cpu

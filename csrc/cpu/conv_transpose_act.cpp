@@ -15,7 +15,7 @@
 #include "../checks.h"
 #include "runtime.h"
 #include "simd.h"
-#include "strided_conv.h"
+#include "strided_conv_winograd.h"
 #include "tensors.h"
 
 namespace pyops::cpu {
@@ -217,7 +217,8 @@ Tensor forward(const Tensor& input, const Tensor& weight, const MaybeTensor& bia
   p.weight = w.const_data_ptr();
   p.output = output.mutable_data_ptr();
   const SingleThread scope(is_small(p));
-  if (!PYOPS_ISA_SELECT(conv_transpose_planar)(p)) PYOPS_ISA_SELECT(conv_transpose_direct)(p);
+  PYOPS_ISA_SELECT(conv_transpose_winograd)(p) || PYOPS_ISA_SELECT(conv_transpose_planar)(p) ||
+      PYOPS_ISA_SELECT(conv_transpose_direct)(p);
   return output;
 }
 
@@ -310,8 +311,38 @@ bool weight_gradient(const ConvTransposeParams& p, const Tensor& x, const Tensor
                              x.const_data_ptr(),
                              du.const_data_ptr(),
                              result.mutable_data_ptr()};
-  if (!PYOPS_ISA_SELECT(strided_conv_wgrad)(w)) return false;
+  if (!PYOPS_ISA_SELECT(strided_wgrad_winograd)(w) && !PYOPS_ISA_SELECT(strided_conv_wgrad)(w)) {
+    return false;
+  }
   *grad_weight = result;
+  return true;
+}
+
+// The convolution of du with the weight (times scale), by our own kernel, if it takes them.
+bool input_gradient(const ConvTransposeParams& p, const Tensor& du, const Tensor& weight,
+                    Tensor* grad_input) {
+  if (!suits_strided_winograd(p, p.in_channels, p.out_channels)) return false;
+  Tensor result =
+      empty_dense({p.batch, p.in_channels, p.in_h, p.in_w}, p.channels_last, du.scalar_type());
+  const std::vector<float> zeros(p.in_channels, 0.0f), ones(p.in_channels, 1.0f);
+  const StridedConvParams c{p.batch,
+                            p.out_channels,
+                            p.out_h,
+                            p.out_w,
+                            p.in_channels,
+                            p.in_h,
+                            p.in_w,
+                            OutputActivation::kNone,
+                            0.0f,
+                            p.channels_last,
+                            static_cast<const float*>(du.const_data_ptr()),
+                            static_cast<const float*>(weight.const_data_ptr()),
+                            zeros.data(),
+                            ones.data(),
+                            zeros.data(),
+                            static_cast<float*>(result.mutable_data_ptr())};
+  if (!PYOPS_ISA_SELECT(strided_conv_winograd)(c)) return false;
+  *grad_input = result;
   return true;
 }
 
@@ -398,7 +429,8 @@ Gradients backward(const Tensor& grad_output, const Tensor& input, const Tensor&
       });
     }
     const bool native = wants_weight && weight_gradient(p, x, du, wants_scale, &grad_weight);
-    const bool wanted[3] = {wants_input, wants_weight && !native, false};
+    const bool found = wants_input && input_gradient(p, du, scaled, &grad_input);
+    const bool wanted[3] = {wants_input && !found, wants_weight && !native, false};
     if (wanted[0] || wanted[1]) {
       using torch::stable::detail::from;
       std::array<StableIValue, 11> stack{

@@ -23,6 +23,7 @@ from .conv_relu_pool_rules import EagerFunction
 
 _OP = "conv_relu_pool2d"
 _MOST_PLACES_CUDA = 128  # of a window: as many as a tile has rows
+_LEAST_BATCH_OF_WINOGRAD = 8
 
 
 def conv_relu_pool2d(
@@ -304,6 +305,8 @@ def _slower_on_cpu(
     out_channels, group_channels, kernel_h, kernel_w = weight_shape
     taps = kernel_h * kernel_w
     half = dtype != torch.float32
+    if not half and _by_strided_winograd(input_shape, weight_shape, spec):
+        return False
     if needs_grad and spec.pool == "none" and max(spec.stride) > 1 and not half:
         return _strided_slower(input_shape, weight_shape, spec)
     if needs_grad and (spec.pool != "max" or spec.groups > 1 or max(spec.dilation) > 1):
@@ -326,6 +329,20 @@ def _slower_on_cpu(
     if (kernel_h, kernel_w) in winograd and (*spec.stride, *spec.dilation) == (1, 1, 1, 1):
         return False
     return spec.pool == "none" and taps > 1 and group_channels >= 64
+
+
+def _by_strided_winograd(
+    input_shape: torch.Size, weight_shape: torch.Size, spec: ConvPoolSpec
+) -> bool:
+    """Where csrc/cpu/strided_conv_winograd.isa.cpp takes it and pays, in float32, with gradients or without."""
+    batch = input_shape[0] if len(input_shape) == 4 else 1
+    geometry = (*weight_shape[2:], *spec.stride, *spec.padding, *spec.dilation, spec.groups)
+    return (
+        spec.pool == "none"
+        and geometry == (4, 4, 2, 2, 1, 1, 1, 1, 1)
+        and weight_shape[0] % 32 == weight_shape[1] % 32 == 0
+        and batch >= _LEAST_BATCH_OF_WINOGRAD
+    )
 
 
 def _strided_slower(input_shape: torch.Size, weight_shape: torch.Size, spec: ConvPoolSpec) -> bool:

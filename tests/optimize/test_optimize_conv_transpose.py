@@ -65,6 +65,23 @@ def test_training_is_bitwise_unfused_around_batch_norm(fused):
         torch.testing.assert_close(buffer, after[name], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize(("width", "batch", "alone"), [(32, 8, 1), (32, 7, 0), (24, 8, 0)])
+def test_training_takes_convolutions_alone_where_winograd_does(fused, width, batch, alone):
+    torch.manual_seed(0)
+    model, noise = DCGANGenerator(28, 12, width).train(), torch.randn(batch, 12)
+    parameters = list(model.parameters())
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    out = model(noise)
+    plain = [out, *torch.autograd.grad(out.square().sum(), parameters)]
+    model.load_state_dict(before)
+    pyops.optimize(model)
+    out = model(noise)
+    assert [c["activation"] for c in fused] == [None] * alone + ["tanh"]
+    found = [out, *torch.autograd.grad(out.square().sum(), parameters)]
+    for a, b in zip(found, plain, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3 * b.abs().max().item())
+
+
 def test_gradients_reach_every_parameter(fused):
     model, noise = generator().eval(), torch.randn(3, 12)
     parameters = list(model.parameters())
