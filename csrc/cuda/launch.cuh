@@ -51,8 +51,9 @@ template <class... Params, class... Args>
 void launch(const LaunchConfig& config, void (*kernel)(Params...), Args&&... args) {
   if (config.grid.x == 0 || config.grid.y == 0 || config.grid.z == 0) return;
 #ifdef PYOPS_EMULATE
+  const auto thread = [&] { kernel(static_cast<Params>(args)...); };
   emu::launch({describe(config).c_str(), config.grid, config.block, config.cluster, config.smem},
-              [&] { kernel(static_cast<Params>(args)...); });
+              std::cref(thread));
 #else
   if (config.smem > 48 * 1024)
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,

@@ -1,4 +1,4 @@
-/// What runs beside the threads: mbarriers, cp.async, TMA and bulk copies.
+/// What runs beside the threads: mbarriers, cp.async, bulk copies.
 ///
 /// An operation is recorded when it is issued and acts early, late or at random (Machine::mode).
 /// Where it will write is poisoned at once: it may be overwritten at any time from then on.
@@ -10,351 +10,277 @@ namespace emu {
 
 constexpr uint64_t kMbarrierBits = 0xB0B0B0B0C1C1C1C1;  // what an mbarrier's 8 bytes hold here
 
-static Mbarrier& barrier_of(Block& block, uint32_t offset, uint32_t addr, Site site) {
-  const auto found = block.mbarriers.find(offset);
-  if (found == block.mbarriers.end())
-    fail(text("shared memory %#x holds no initialised mbarrier", addr), site);
-  uint64_t bits;
-  std::memcpy(&bits, block.smem + offset, 8);
-  if (bits != kMbarrierBits) fail(text("the mbarrier at %#x was overwritten", addr), site);
+static Mbarrier& barrier_at(const unsigned char* place) {
+  auto& barriers = block_of(place).mbarriers;
+  const auto found = barriers.find(place);
+  if (found == barriers.end())
+    fail("shared memory %#x holds no initialised mbarrier", addr_of(place));
+  if (std::memcmp(place, &kMbarrierBits, 8) != 0)
+    fail("the mbarrier at %#x was overwritten", addr_of(place));
   return found->second;
 }
 
-Mbarrier& barrier_at(uint32_t addr, bool cluster, Site site, Block** owner) {
-  Block* block = nullptr;
-  const unsigned char* place = resolve(addr, 8, 8, cluster, site, &block);
-  Mbarrier& barrier = barrier_of(*block, static_cast<uint32_t>(place - block->smem), addr, site);
-  if (machine.current != nullptr && !initialised_for(self(), barrier))
-    fail(text("race: nothing orders the init of mbarrier %#x before this use", addr), site);
-  if (owner != nullptr) *owner = block;
+/// For the current thread.
+static Mbarrier& barrier_at(uint32_t addr, bool cluster = false) {
+  Mbarrier& barrier = barrier_at(resolve(addr, 8, 8, cluster));
+  if (!knows(self(), barrier.init))
+    fail("race: nothing orders the init of mbarrier %#x before this use", addr);
   return barrier;
 }
 
-void check_counter(uint32_t bar, const Block* destination, Site site) {
-  Block* block = nullptr;
-  if (!barrier_at(bar, true, site, &block).fenced)
-    fail(text("no fence_mbarrier_init between the init of mbarrier %#x and its use by a copy", bar),
-         site);
-  if (block != destination) fail("the mbarrier is in another block than the destination", site);
-}
-
-static void complete_if_done(Mbarrier& barrier) {
+static void end_if_full(Mbarrier& barrier) {
   if (barrier.pending != 0 || barrier.bytes != 0) return;
-  ++barrier.phase;
   barrier.pending = barrier.count;
-  barrier.complete.join(barrier.arriving);
-  wake(barrier.waiting);
+  barrier.end_phase();
 }
 
-void mbar_init(uint32_t bar, uint32_t count, Site site) {
-  unsigned char* place = resolve(bar, 8, 8, false, site);
+static void arrive(Mbarrier& barrier) {
+  if (barrier.pending == 0) fail("more arrivals at an mbarrier than its count");
+  --barrier.pending;
+  end_if_full(barrier);
+}
+
+void mbar_init(uint32_t bar, uint32_t count) {
   Fiber& fiber = self();
-  const auto offset = static_cast<uint32_t>(place - fiber.block->smem);
-  if (count == 0 || count >= 1u << 20) fail(text("mbarrier of %u arrivals", count), site);
-  if (fiber.block->mbarriers.count(offset))
-    fail(text("mbar_init of %#x, which is an mbarrier already", bar), site);
-  track(as_thread(fiber), place, 8, kWrite, site);
+  unsigned char* const place = resolve(bar, 8, 8);
+  if (count == 0 || count >= 1u << 20) fail("mbarrier of %u arrivals", count);
+  const auto [made, fresh] = fiber.block->mbarriers.try_emplace(place);
+  if (!fresh) fail("mbar_init of %#x, which is an mbarrier already", bar);
+  track(place, 8, kWrite);
   std::memcpy(place, &kMbarrierBits, 8);
-  Mbarrier& barrier = fiber.block->mbarriers[offset];
+  Mbarrier& barrier = made->second;
   barrier.count = barrier.pending = count;
   barrier.owner = &fiber;
-  barrier.init_clock = as_thread(fiber).clock;
+  barrier.init = as_thread(fiber);
 }
 
-void mbar_inval(uint32_t bar, Site site) {
-  Mbarrier& barrier = barrier_at(bar, false, site);
-  if (!barrier.waiting.empty()) fail("mbar_inval while threads wait there", site);
-  poison(resolve(bar, 8, 8, false, site), 8);
-  self().block->mbarriers.erase((bar & 0xFFFFFF) - kSmemBase);
-}
-
-static void arrive(Mbarrier& barrier, uint32_t bar, Site site) {
-  if (barrier.pending == 0) fail(text("more arrivals at mbarrier %#x than its count", bar), site);
-  --barrier.pending;
-  complete_if_done(barrier);
-}
-
-void mbar_arrive(uint32_t bar, uint32_t expect_bytes, bool cluster, Site site) {
-  interleave(site);
-  Mbarrier& barrier = barrier_at(bar, cluster, site);
+void mbar_arrive(uint32_t bar, uint32_t expect_bytes, bool cluster) {
+  interleave();
+  Mbarrier& barrier = barrier_at(bar, cluster);
   release(barrier.arriving, self());
   barrier.bytes += expect_bytes;
-  arrive(barrier, bar, site);
+  arrive(barrier);
 }
 
-void mbar_expect_tx(uint32_t bar, uint32_t bytes, Site site) {
-  barrier_at(bar, false, site).bytes += bytes;
+static bool passed(uint32_t bar, uint32_t parity) {
+  if (parity > 1) fail("mbarrier parity %u", parity);
+  return (barrier_at(bar).phase & 1) != parity;
 }
 
-bool mbar_try_wait(uint32_t bar, uint32_t phase, Site site) {
-  Mbarrier& barrier = barrier_at(bar, false, site);
-  if (phase > 1) fail(text("mbarrier parity %u", phase), site);
-  if ((barrier.phase & 1) == phase) {
-    pause(site);
-    return false;
-  }
+bool mbar_try_wait(uint32_t bar, uint32_t parity) {
+  const bool done = passed(bar, parity);
+  if (done)
+    acquire(self(), barrier_at(bar).complete);
+  else
+    pause();
+  return done;
+}
+
+void mbar_wait(uint32_t bar, uint32_t parity) {
+  interleave();
+  Mbarrier& barrier = barrier_at(bar);
+  await(
+      barrier.waiting, [=] { return passed(bar, parity); }, "mbarrier %#x, parity %u", bar, parity);
   acquire(self(), barrier.complete);
-  return true;
 }
 
-void mbar_wait(uint32_t bar, uint32_t phase, Site site) {
-  if (phase > 1) fail(text("mbarrier parity %u", phase), site);
-  interleave(site);
-  Mbarrier* barrier = &barrier_at(bar, false, site);
-  while ((barrier->phase & 1) == phase) {
-    barrier->waiting.push_back(&self());
-    block("mbarrier %#x, parity %u", bar, phase, site);
-    barrier = &barrier_at(bar, false, site);
-  }
-  acquire(self(), barrier->complete);
-}
-
-static void fence_barriers() {
-  for (auto& [offset, barrier] : self().block->mbarriers)
+void fence_mbarrier_init() {
+  interleave();
+  for (auto& [place, barrier] : self().block->mbarriers)
     if (barrier.owner == &self()) barrier.fenced = true;
 }
 
-void fence_mbarrier_init(Site site) {
-  interleave(site);
-  fence_barriers();
-}
-
-void fence_proxy_async(Site site) {
-  interleave(site);
-  fence_barriers();
-  if (!racing) return;
+void fence_proxy_async() {
+  fence_mbarrier_init();
   self().clocks.proxy = self().clocks.seen;
   tick(self());
 }
 
 // ---- cp.async ----
 
-static void copy(Fiber& fiber, const Fiber::Copy& copy) {
-  Actor actor = as_copy(fiber);
-  track(actor, copy.src, static_cast<size_t>(copy.valid), kRead, copy.site);
-  track(actor, copy.dst, static_cast<size_t>(copy.bytes), kWrite, copy.site);
-  if (copy.valid > 0) std::memcpy(copy.dst, copy.src, static_cast<size_t>(copy.valid));
-  std::memset(copy.dst + copy.valid, 0, static_cast<size_t>(copy.bytes - copy.valid));
+static void finish(Fiber& fiber, std::vector<Fiber::Copy>& copies) {
+  const Actor actor = as_cp_async(fiber);
+  const Actor* const was = std::exchange(machine.acting, &actor);
+  const Site site = here;
+  for (const auto& [to, from, bytes, valid, issued] : copies) {
+    here = issued;
+    if (valid > 0) touch(from, valid, kRead);
+    track(to, bytes, kWrite);
+    std::memset(to, 0, bytes);
+    std::memcpy(to, from, valid);
+  }
+  copies.clear();
+  here = site;
+  machine.acting = was;
 }
 
-void cp_async(uint32_t dst, const void* src, int bytes, uint32_t valid, Site site) {
-  interleave(site);
-  if (valid > static_cast<uint32_t>(bytes)) fail(text("cp.async of %u bytes", valid), site);
+void cp_async(uint32_t dst, const void* src, int bytes, uint32_t valid) {
+  interleave();
   const auto size = static_cast<size_t>(bytes);
-  unsigned char* to = resolve(dst, size, bytes, false, site);
-  if (valid > 0) check_global(src, valid, site);
+  if (valid > size) fail("cp.async of %u bytes", valid);
+  unsigned char* const to = resolve(dst, size, size);
   if (reinterpret_cast<uintptr_t>(src) % size != 0)
-    fail(text("cp.async from an address that is not aligned to %d", bytes), site);
-  const Fiber::Copy now{to, src, bytes, static_cast<int>(valid), site};
+    fail("cp.async from an address that is not aligned to %zu", size);
   poison(to, size);
+  std::vector<Fiber::Copy> copy{{to, src, size, valid, here}};
   if (machine.mode == Machine::kEarly || (machine.mode == Machine::kRandom && dice(2) == 0))
-    copy(self(), now);
+    finish(self(), copy);
   else
-    self().copies.back().push_back(now);
+    self().copies.back().push_back(copy[0]);
 }
 
-void cp_async_commit(Site site) {
-  interleave(site);
+void cp_async_commit() {
+  interleave();
   self().copies.emplace_back();
 }
 
-static void finish_copies(Fiber& fiber, size_t groups) {
-  for (size_t i = 0; i < groups; ++i) {
-    for (const Fiber::Copy& pending : fiber.copies[i]) copy(fiber, pending);
-    fiber.copies[i].clear();
+void cp_async_wait(int pending) {
+  interleave();
+  Fiber& fiber = self();
+  while (fiber.copies.size() > static_cast<size_t>(pending) + 1) {
+    finish(fiber, fiber.copies.front());
+    fiber.copies.pop_front();
+    // Copies of later groups that acted already count as seen, too: a group is one epoch.
+    observe(fiber.clocks, as_cp_async(fiber));
+    ++fiber.copy_clock;
   }
 }
 
-void cp_async_wait(int pending, Site site) {
+void cp_async_mbar_arrive(uint32_t bar) {
   Fiber& fiber = self();
-  interleave(site);
-  const size_t committed = fiber.copies.size() - 1;
-  if (committed <= static_cast<size_t>(pending)) return;
-  const size_t groups = committed - static_cast<size_t>(pending);
-  finish_copies(fiber, groups);
-  fiber.copies.erase(fiber.copies.begin(),
-                     fiber.copies.begin() + static_cast<std::ptrdiff_t>(groups));
-  // Copies of later groups that acted already count as seen, too: a group is one epoch.
-  if (!racing) return;
-  observe(fiber.clocks, {machine.threads + fiber.tid, ++fiber.copy_clock, nullptr});
-}
-
-void cp_async_mbar_arrive(uint32_t bar, Site site) {
-  Fiber& fiber = self();
-  barrier_at(bar, false, site);
-  defer(reinterpret_cast<uint64_t>(&fiber) | 1, &fiber, [=, &fiber] {
-    finish_copies(fiber, fiber.copies.size());
-    Mbarrier& barrier = barrier_of(*fiber.block, (bar & 0xFFFFFF) - kSmemBase, bar, site);
-    if (racing)
-      observe(barrier.arriving, {machine.threads + fiber.tid, ++fiber.copy_clock, nullptr});
-    arrive(barrier, bar, site);
+  barrier_at(bar);
+  defer(&fiber, {}, [&fiber, place = resolve(bar, 8, 8)] {
+    for (auto& group : fiber.copies) finish(fiber, group);
+    Mbarrier& barrier = barrier_at(place);
+    observe(barrier.arriving, as_cp_async(fiber));
+    ++fiber.copy_clock;
+    arrive(barrier);
   });
 }
 
 // ---- copies that an mbarrier counts ----
 
-static void complete_bytes(Block& block, uint32_t bar, size_t bytes, const Actor& actor,
-                           Site site) {
-  Mbarrier& barrier = barrier_of(block, (bar & 0xFFFFFF) - kSmemBase, bar, site);
-  observe(barrier.arriving, actor);
-  barrier.bytes -= static_cast<int64_t>(bytes);
-  complete_if_done(barrier);
-}
-
-void deferred_load(std::vector<Piece> pieces, uint32_t bar,
-                   std::function<void(const Actor&, const Piece&)> fill, Site site) {
-  for (const Piece& piece : pieces) poison(piece.block->smem + piece.offset, piece.bytes);
-  Actor actor = as_operation(self().clocks);
-  tick(self());
-  defer(0, nullptr, [=] {
-    for (const Piece& piece : pieces) {
-      track(actor, piece.block->smem + piece.offset, piece.bytes, kWrite | kAsync, site);
-      fill(actor, piece);
-      complete_bytes(*piece.block, bar, piece.bytes, actor, site);
+void counted_load(unsigned char* to, std::vector<unsigned char> bytes, std::vector<Run> runs,
+                  uint32_t bar) {
+  if (!barrier_at(bar, true).fenced)
+    fail("no fence_mbarrier_init between the init of mbarrier %#x and its use by a copy", bar);
+  const unsigned char* const place = resolve(bar, 8, 8, true);
+  if (&block_of(place) != &block_of(to))
+    fail("the mbarrier is in another block than the destination");
+  poison(to, bytes.size());
+  defer(nullptr, as_copy(self()), [=] {
+    track(to, bytes.size(), kWrite);
+    std::memcpy(to, bytes.data(), bytes.size());
+    for (const Run& run : runs) {
+      touch(run.other, run.bytes, kRead);
+      std::memcpy(run.shared, run.other, run.bytes);
     }
+    Mbarrier& barrier = barrier_at(place);
+    observe(barrier.arriving, *machine.acting);
+    barrier.bytes -= static_cast<int64_t>(bytes.size());
+    end_if_full(barrier);
   });
 }
 
-static void check_bulk(const void* global, uint32_t bytes, Site site) {
-  if (bytes == 0 || bytes % 16 != 0) fail(text("bulk copy of %u bytes", bytes), site);
-  if (global != nullptr && reinterpret_cast<uintptr_t>(global) % 16 != 0)
-    fail("bulk copy: the global address is not aligned to 16", site);
-  if (global != nullptr) check_global(global, bytes, site);
+static void check_bulk(uint32_t bytes, const void* address) {
+  if (bytes == 0 || bytes % 16 != 0) fail("bulk copy of %u bytes", bytes);
+  if (reinterpret_cast<uintptr_t>(address) % 16 != 0)
+    fail("bulk copy: the global address is not aligned to 16");
 }
 
-/// A load of contiguous bytes.
-static void load(uint32_t dst, const void* src, size_t bytes, int alignment, uint32_t bar,
-                 Site site) {
-  Block* block = nullptr;
-  const unsigned char* to = resolve(dst, bytes, alignment, true, site, &block);
-  check_counter(bar, block, site);
-  deferred_load(
-      {{block, static_cast<uint32_t>(to - block->smem), bytes}}, bar,
-      [=](const Actor& actor, const Piece& piece) {
-        track(actor, src, bytes, kRead | kAsync, site);
-        std::memcpy(piece.block->smem + piece.offset, src, bytes);
-      },
-      site);
+static void bulk_fill(uint32_t dst, unsigned char* src, uint32_t bytes, uint32_t bar) {
+  interleave();
+  check_bulk(bytes, src);
+  unsigned char* const to = resolve(dst, bytes, 16, true);
+  counted_load(to, std::vector<unsigned char>(bytes), {{to, src, bytes}}, bar);
 }
 
-void bulk_load(uint32_t dst, const void* src, uint32_t bytes, uint32_t bar, Site site) {
-  interleave(site);
-  check_bulk(src, bytes, site);
-  load(dst, src, bytes, 16, bar, site);
+void bulk_load(uint32_t dst, const void* src, uint32_t bytes, uint32_t bar) {
+  bulk_fill(dst, static_cast<unsigned char*>(const_cast<void*>(src)), bytes, bar);
 }
 
-void bulk_copy_cluster(uint32_t dst, uint32_t src, uint32_t bytes, uint32_t bar, Site site) {
-  interleave(site);
-  check_bulk(nullptr, bytes, site);
-  load(dst, resolve(src, bytes, 16, false, site), bytes, 16, bar, site);
+void bulk_copy_cluster(uint32_t dst, uint32_t src, uint32_t bytes, uint32_t bar) {
+  bulk_fill(dst, resolve(src, bytes, 16), bytes, bar);
 }
 
-void st_async(uint32_t addr, const void* from, int bytes, uint32_t bar, Site site) {
-  interleave(site);
-  Block* block = nullptr;
-  const auto size = static_cast<size_t>(bytes);
-  const unsigned char* to = resolve(addr, size, bytes, true, site, &block);
-  check_counter(bar, block, site);
-  const std::string value(static_cast<const char*>(from), size);
-  deferred_load(
-      {{block, static_cast<uint32_t>(to - block->smem), size}}, bar,
-      [=](const Actor&, const Piece& piece) {
-        std::memcpy(piece.block->smem + piece.offset, value.data(), size);
-      },
-      site);
+void st_async(uint32_t addr, uint32_t word, uint32_t bar) {
+  interleave();
+  std::vector<unsigned char> bytes(4);
+  std::memcpy(bytes.data(), &word, 4);
+  counted_load(resolve(addr, 4, 4, true), bytes, {}, bar);
 }
 
 // ---- bulk groups: copies out of shared memory ----
 
-template <class T>
-static void add(unsigned char* to, const unsigned char* from, size_t bytes) {
-  for (size_t i = 0; i < bytes; i += sizeof(T)) {
-    T a, b;
-    std::memcpy(&a, to + i, sizeof(T));
-    std::memcpy(&b, from + i, sizeof(T));
-    a = static_cast<T>(static_cast<float>(a) + static_cast<float>(b));
-    std::memcpy(to + i, &a, sizeof(T));
-  }
-}
-
-void deferred_store(std::function<std::vector<Run>(const Actor&)> read, char element, Site site) {
-  Fiber* fiber = &self();
-  const auto group = fiber->bulk.back();
-  const Actor reader = as_operation(fiber->clocks), writer = as_operation(fiber->clocks);
-  tick(*fiber);
-  ++group->unread;
-  ++group->unfinished;
-  group->reads.push_back(reader);
-  group->writes.push_back(writer);
-  const auto wake_waiter = [fiber] {
-    if (fiber->waits_bulk) wake(fiber);
+void grouped_store(std::vector<Run> runs, Add add) {
+  Fiber& fiber = self();
+  const auto group = fiber.bulk.back();
+  group->used = true;
+  ++group->unfinished[0];
+  ++group->unfinished[1];
+  const auto finished = [group, &fiber](int half) {
+    observe(group->done[half], *machine.acting);
+    --group->unfinished[half];
+    wake(fiber.waits_bulk);
   };
-  defer(0, nullptr, [=] {
-    auto runs = std::make_shared<std::vector<Run>>(read(reader));
-    --group->unread;
-    wake_waiter();
-    defer(0, nullptr, [=] {
-      for (const Run& run : *runs) {
-        const int atomic = element != 0 ? kAtomic : 0;
-        track(writer, run.to, run.bytes.size(), kWrite | kAsync | atomic, site);
-        if (element == 'f') add<float>(run.to, run.bytes.data(), run.bytes.size());
-        if (element == 'h') add<__half>(run.to, run.bytes.data(), run.bytes.size());
-        if (element == 'b') add<__nv_bfloat16>(run.to, run.bytes.data(), run.bytes.size());
-        if (element == 0) std::memcpy(run.to, run.bytes.data(), run.bytes.size());
+  const Actor reader = as_copy(fiber), writer = as_copy(fiber);
+  defer(nullptr, reader, [=] {
+    std::vector<unsigned char> data;
+    for (const Run& run : runs) {
+      track(run.shared, run.bytes, kRead);
+      data.insert(data.end(), run.shared, run.shared + run.bytes);
+    }
+    finished(0);
+    defer(nullptr, writer, [=] {
+      const unsigned char* from = data.data();
+      for (const Run& run : runs) {
+        touch(run.other, run.bytes, add != nullptr ? kWrite | kAtomic : kWrite);
+        add != nullptr ? add(run.other, from, run.bytes)
+                       : static_cast<void>(std::memcpy(run.other, from, run.bytes));
+        from += run.bytes;
       }
-      --group->unfinished;
-      wake_waiter();
+      finished(1);
     });
   });
 }
 
-void bulk_store(void* dst, uint32_t src, uint32_t bytes, bool add, Site site) {
-  interleave(site);
-  check_bulk(dst, bytes, site);
-  const unsigned char* from = resolve(src, bytes, 16, false, site);
-  deferred_store(
-      [=](const Actor& actor) {
-        track(actor, from, bytes, kRead | kAsync, site);
-        return std::vector<Run>{{static_cast<unsigned char*>(dst), {from, from + bytes}}};
-      },
-      add ? 'f' : 0, site);
+void bulk_store(void* dst, uint32_t src, uint32_t bytes, bool add) {
+  interleave();
+  check_bulk(bytes, dst);
+  grouped_store({{resolve(src, bytes, 16), static_cast<unsigned char*>(dst), bytes}},
+                add ? add_elements<float> : nullptr);
 }
 
-void bulk_commit(Site site) {
-  interleave(site);
+void bulk_commit() {
+  interleave();
   self().bulk.push_back(std::make_shared<Fiber::Group>());
 }
 
-void bulk_wait(int pending, bool only_read, Site site) {
+void bulk_wait(int pending, bool only_read) {
   Fiber& fiber = self();
-  const int committed = static_cast<int>(fiber.bulk.size()) - 1;
-  for (int i = 0; i < committed - pending; ++i) {
-    const auto group = fiber.bulk[static_cast<size_t>(i)];
-    while ((only_read ? group->unread : group->unfinished) > 0) {
-      fiber.waits_bulk = true;
-      block("its bulk stores, all but %u groups", static_cast<unsigned>(pending), 0, site);
-      fiber.waits_bulk = false;
+  for (size_t i = 0; i + 1 + static_cast<size_t>(pending) < fiber.bulk.size(); ++i) {
+    const auto group = fiber.bulk[i];
+    for (int half = 0; half < (only_read ? 1 : 2); ++half) {
+      await(
+          fiber.waits_bulk, [&] { return group->unfinished[half] == 0; },
+          "its bulk stores, all but %u groups", static_cast<unsigned>(pending));
+      acquire(fiber, group->done[half]);
     }
     group->waited = true;
-    for (const Actor& actor : group->reads) observe(fiber.clocks, actor);
-    if (only_read) continue;
-    for (const Actor& actor : group->writes) observe(fiber.clocks, actor);
   }
 }
 
 void leave(Fiber& fiber) {
+  for (auto& group : fiber.copies) finish(fiber, group);
   for (const auto& group : fiber.bulk)
-    if (!group->reads.empty() && !group->waited)
-      fail("the thread ends, but nothing waited until its bulk stores had read shared memory",
-           fiber.site);
-  const Warp& warp = fiber.block->warps[static_cast<size_t>(fiber.warp)];
-  if (!warp.accumulators.empty()) fail("the thread ends with a wgmma in flight", fiber.site);
+    if (group->used && !group->waited)
+      fail("the thread ends, but nothing waited until its bulk stores had read shared memory");
+  if (!warp_of(fiber).accumulators.empty()) fail("the thread ends with a wgmma in flight");
   if (fiber.block->alive > 1) return;
-  for (const auto& [offset, barrier] : fiber.block->mbarriers)
+  for (const auto& [place, barrier] : fiber.block->mbarriers)
     if (barrier.bytes != 0)
-      fail(text("the block ends while its mbarrier %#x still lacks %lld bytes", offset + kSmemBase,
-                (long long)barrier.bytes),
-           fiber.site);
+      fail("the block ends while its mbarrier %#x still lacks %lld bytes", addr_of(place),
+           static_cast<long long>(barrier.bytes));
 }
 
 }  // namespace emu

@@ -25,7 +25,7 @@ OUT = ROOT / "build" / "emulator"
 PARTS = ("scheduler.cpp", "memory.cpp", "race.cpp", "agents.cpp", "tma.cpp", "matrix.cpp")
 COMMON = ["-std=c++17", "-g1", "-fPIC", "-Wno-unknown-pragmas", "-Wno-psabi", "-Wno-attributes"]
 KERNEL = ["-x", "c++", "-O1", "-DPYOPS_EMULATE", "-ftrivial-auto-var-init=pattern"]
-EMULATOR = ["-O2", "-DPYOPS_EMULATE"]
+EMULATOR = ["-std=c++20", "-O2", "-Wall", "-Wextra", "-DPYOPS_EMULATE"]
 VARIANTS = {
     "plain": [],
     "race": ["-fsanitize=thread"],  # whose hooks are the emulator's

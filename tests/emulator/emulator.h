@@ -14,24 +14,19 @@
 #include <cstring>
 #include <functional>
 #include <stdexcept>
-#include <string>
 #include <type_traits>
 
 namespace emu {
 
-/// Where in the kernel's source an operation stands.
+/// Where in the kernel's source an operation stands; line 0: `file` is a program counter.
 struct Site {
   const char* file;
   int line;
 };
-
-enum Type { BF16, F16, TF32 };
-template <class T>
-constexpr Type type_of() {
-  if constexpr (std::is_same_v<T, __nv_bfloat16>) return BF16;
-  if constexpr (std::is_same_v<T, __half>) return F16;
-  return TF32;
-}
+extern Site here;  // of the operation at work
+void at(const char* file, int line);
+/// Ends the launch with a report.
+[[noreturn]] void fail(const char* format, ...) __attribute__((format(printf, 1, 2)));
 
 // ---- launching ----
 struct Launch {
@@ -39,118 +34,100 @@ struct Launch {
   dim3 grid, block, cluster;
   size_t smem;
 };
-/// Runs thread(data) in every thread of the grid.
-void launch(const Launch& config, void (*thread)(const void*), const void* data);
-template <class Thread>
-void launch(const Launch& config, const Thread& thread) {
-  launch(config, [](const void* data) { (*static_cast<const Thread*>(data))(); }, &thread);
-}
+/// Runs `thread` in every thread of the grid.
+void launch(const Launch& config, const std::function<void()>& thread);
 /// Runs host code that launches kernels; the report of what went wrong, or null.
 const char* run(const std::function<void()>& host);
 
-// ---- threads and warps ----
+// ---- threads, warps, blocks ----
 unsigned char* dynamic_smem();
 uint32_t smem_addr(const void* pointer);
-void sync_threads(Site site);
-void named_barrier(int id, int threads, bool wait, Site site);
-void setmaxnreg(int registers, bool more, Site site);
-bool elect_one(Site site);
-/// Gives way to another thread: in spin loops.
-void pause(Site site);
-
-/// A collective of the lanes in `mask`: once all are here, `all` is called once with every lane's
-/// `own` (null outside the mask).
-using Lanes = void* const (&)[32];
-void collective(const char* what, uint32_t mask, void* own, void (*all)(Lanes), Site site);
-void sync_warp(uint32_t mask, Site site);
 int lane_id();
+void sync_threads();
+void sync_warp();
+bool elect_one();
+void named_barrier(int id, int threads, bool wait);
+void setmaxnreg(int registers, bool more);
 
-template <class T, class Source>
-T shfl(T value, Source source, uint32_t mask, Site site) {
+/// Meets the lanes of `mask`: null, after waiting, but for the last one to come, which gets the
+/// `own` of all (null outside the mask) until the next such call.
+void* const* gather(const char* what, uint32_t mask, void* own);
+/// The last lane to come calls all(of), where of(lane) is that lane's `own` or null.
+template <class Own, class All>
+void collective(const char* what, uint32_t mask, Own& own, All all) {
+  if (void* const* lanes = gather(what, mask, &own))
+    all([lanes](int lane) { return static_cast<Own*>(lanes[lane]); });
+}
+
+/// The value of lane `from`.
+template <class T>
+T shfl(T value, uint32_t mask, int from) {
   struct Own {
     T value, result;
     int from;
-  } own{value, value, source(lane_id())};
-  collective(
-      "shfl", mask, &own,
-      [](Lanes lanes) {
-        for (void* lane : lanes) {
-          if (lane == nullptr) continue;
-          Own& to = *static_cast<Own*>(lane);
-          if (to.from < 0 || to.from > 31) continue;
-          if (lanes[to.from] == nullptr)
-            throw std::runtime_error("shfl from a lane not in the mask");
-          to.result = static_cast<Own*>(lanes[to.from])->value;
-        }
-      },
-      site);
+  } own{value, value, from};
+  collective("shfl", mask, own, [](auto of) {
+    for (int lane = 0; lane < 32; ++lane) {
+      Own* const to = of(lane);
+      if (to == nullptr) continue;
+      if (of(to->from) == nullptr) fail("shfl from lane %d, which is not in the mask", to->from);
+      to->result = of(to->from)->value;
+    }
+  });
   return own.result;
 }
-uint32_t ballot(bool predicate, uint32_t mask, Site site);
 
-// ---- memory ----
-void ld_shared(void* to, int bytes, uint32_t addr, Site site);
-void st_shared(uint32_t addr, const void* from, int bytes, Site site);
-/// Called before an atomic operation on memory of either kind.
-void atomic_access(const void* address, size_t bytes, Site site);
-void thread_fence(Site site);
+// ---- memory and matrices ----
+enum Type { BF16, F16, TF32 };
+template <class T>
+constexpr Type type_of() {
+  return std::is_same_v<T, __nv_bfloat16> ? BF16 : std::is_same_v<T, __half> ? F16 : TF32;
+}
+/// `cluster`: the address may be that of another block.
+void ld_shared(void* to, int bytes, uint32_t addr, bool cluster);
+void st_shared(uint32_t addr, const void* from, int bytes, bool cluster);
+void atomic_access(const void* address, size_t bytes);  // called before an atomic operation
+void thread_fence();
 
-void ldmatrix(uint32_t* d, int count, bool transpose, uint32_t addr, Site site);
-void stmatrix(const uint32_t* s, int count, bool transpose, uint32_t addr, Site site);
-void mma_sync(float* d, const uint32_t* a, const uint32_t* b, Type type, Site site);
+void ldmatrix(uint32_t* d, int count, bool transpose, uint32_t addr);
+void stmatrix(const uint32_t* s, int count, bool transpose, uint32_t addr);
+void mma_sync(float* d, const uint32_t* a, const uint32_t* b, Type type);
 
-void cp_async(uint32_t dst, const void* src, int bytes, uint32_t valid, Site site);
-void cp_async_commit(Site site);
-void cp_async_wait(int pending, Site site);
-void cp_async_mbar_arrive(uint32_t bar, Site site);
+void wgmma(float* d, int n, Type type, const uint32_t* a_registers, uint64_t a, uint64_t b,
+           int a_major, int b_major, bool accumulate);
+void wgmma_fence();
+void wgmma_commit();
+void wgmma_wait(int pending);
 
-// ---- mbarriers and fences ----
-void mbar_init(uint32_t bar, uint32_t count, Site site);
-void mbar_inval(uint32_t bar, Site site);
-void mbar_arrive(uint32_t bar, uint32_t expect_bytes, bool cluster, Site site);
-void mbar_expect_tx(uint32_t bar, uint32_t bytes, Site site);
-bool mbar_try_wait(uint32_t bar, uint32_t phase, Site site);
-void mbar_wait(uint32_t bar, uint32_t phase, Site site);
-void fence_mbarrier_init(Site site);
-void fence_proxy_async(Site site);
+// ---- mbarriers, fences, copies, clusters ----
+void mbar_init(uint32_t bar, uint32_t count);
+void mbar_arrive(uint32_t bar, uint32_t expect_bytes, bool cluster);
+bool mbar_try_wait(uint32_t bar, uint32_t parity);
+void mbar_wait(uint32_t bar, uint32_t parity);
+void fence_mbarrier_init();
+void fence_proxy_async();
 
-// ---- TMA and bulk copies ----
+void cp_async(uint32_t dst, const void* src, int bytes, uint32_t valid);
+void cp_async_commit();
+void cp_async_wait(int pending);
+void cp_async_mbar_arrive(uint32_t bar);
+
+/// mask: blocks of the cluster; 0: this one.
 void tma_load(uint32_t dst, const CUtensorMap* map, uint32_t bar, const int* at, int rank,
-              uint16_t mask, Site site);
-void tma_store(const CUtensorMap* map, uint32_t src, const int* at, int rank, bool add, Site site);
-void bulk_load(uint32_t dst, const void* src, uint32_t bytes, uint32_t bar, Site site);
-void bulk_copy_cluster(uint32_t dst, uint32_t src, uint32_t bytes, uint32_t bar, Site site);
-void bulk_store(void* dst, uint32_t src, uint32_t bytes, bool add, Site site);
-void bulk_commit(Site site);
-void bulk_wait(int pending, bool only_read, Site site);
+              uint16_t mask);
+void tma_store(const CUtensorMap* map, uint32_t src, const int* at, int rank, bool add);
+void bulk_load(uint32_t dst, const void* src, uint32_t bytes, uint32_t bar);
+void bulk_copy_cluster(uint32_t dst, uint32_t src, uint32_t bytes, uint32_t bar);
+void bulk_store(void* dst, uint32_t src, uint32_t bytes, bool add);
+void st_async(uint32_t addr, uint32_t word, uint32_t bar);
+void bulk_commit();
+void bulk_wait(int pending, bool only_read);
 
-// ---- clusters ----
 uint32_t cluster_rank();
 uint32_t cluster_size();
-void cluster_arrive(Site site);
-void cluster_wait(Site site);
-uint32_t map_cluster(uint32_t addr, uint32_t rank, Site site);
-void ld_cluster(void* to, int bytes, uint32_t addr, Site site);
-void st_cluster(uint32_t addr, const void* from, int bytes, Site site);
-void st_async(uint32_t addr, const void* from, int bytes, uint32_t bar, Site site);
-
-// ---- wgmma ----
-void wgmma(float* d, int n, Type type, const uint32_t* a_registers, uint64_t a, uint64_t b,
-           int a_major, int b_major, bool accumulate, Site site);
-void wgmma_fence(Site site);
-void wgmma_commit(Site site);
-void wgmma_wait(int pending, Site site);
-
-// ---- arithmetic ----
-inline uint32_t bits(float x) {
-  uint32_t b;
-  std::memcpy(&b, &x, 4);
-  return b;
-}
-inline float flush(float x) { return __builtin_fabsf(x) < 1.17549435e-38f ? 0.0f * x : x; }
-inline uint32_t to_tf32(float x) {
-  return (bits(x) & 0x7F800000) == 0x7F800000 ? bits(x) : (bits(x) + 0x1000) & ~0x1FFFu;
-}
+void cluster_arrive();
+void cluster_wait();
+uint32_t map_cluster(uint32_t addr, uint32_t rank);
 
 }  // namespace emu
 
