@@ -28,7 +28,7 @@
   host
 #define PTX90(host, ...) PTX(host, )
 #define PTX_MATH(host, ...) host
-#define PTX_CALL(host, device) (PTX_HERE, host)
+#define PTX_CALL(host, ...) (PTX_HERE, host)
 #define DYN_SMEM(name) unsigned char* const name = ::emu::dynamic_smem()
 #else
 #define PTX_FN __device__ __forceinline__
@@ -38,7 +38,7 @@
 #define PTX_ONLY_PASS
 #define PTX(host, ...) asm volatile(__VA_ARGS__)
 #define PTX_MATH(host, ...) asm volatile(__VA_ARGS__)
-#define PTX_CALL(host, device) device
+#define PTX_CALL(host, ...) __VA_ARGS__
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
 #define PTX90(host, ...) asm volatile(__VA_ARGS__)
 #else
@@ -67,13 +67,13 @@ PTX_FN void sync_warp(PTX_ONLY_AT) { PTX_CALL(emu::sync_warp(), __syncwarp()); }
 /// The value of lane `source`.
 template <class T>
 PTX_FN T shfl(T value, int source PTX_AT) {
-  return __shfl_sync(~0u, value, source, 32 PTX_PASS);
+  return PTX_CALL(emu::shfl(value, source), __shfl_sync(~0u, value, source));
 }
 
 /// The value of lane `own lane ^ mask`.
 template <class T>
 PTX_FN T shfl_xor(T value, int mask PTX_AT) {
-  return __shfl_xor_sync(~0u, value, mask, 32 PTX_PASS);
+  return PTX_CALL(emu::shfl(value, emu::lane_id() ^ mask), __shfl_xor_sync(~0u, value, mask));
 }
 
 PTX_FN int lane_id() { return threadIdx.x & 31; }
@@ -84,7 +84,8 @@ PTX_FN int warp_id(PTX_ONLY_AT) { return shfl(static_cast<int>(threadIdx.x / 32)
 /// True in one lane of the (converged) warp.
 PTX_FN bool elect_one(PTX_ONLY_AT) {
   uint32_t elected = 0;
-  PTX90(elected = emu::elect_one(),
+  PTX90(emu::gather("elect", nullptr);
+        elected = emu::lane_id() == 0,
         "{\n.reg .pred p;\nelect.sync _|p, 0xffffffff;\nselp.u32 %0, 1, 0, p;\n}" : "=r"(elected));
   return elected != 0;
 }
@@ -173,7 +174,7 @@ PTX_FN T ld_shared(uint32_t addr PTX_AT) {
   };
 #ifdef PYOPS_EMULATE
   PTX_HERE;
-  emu::ld_shared(words, sizeof(T), addr, false);
+  emu::move_shared(words, sizeof(T), addr, false, false);
 #else
   if constexpr (sizeof(T) == 4)
     asm volatile("ld.shared.b32 %0, [%1];" : "=r"(words[0]) : "r"(addr));
@@ -197,7 +198,7 @@ PTX_FN void st_shared(uint32_t addr, T const& stored PTX_AT) {
   value = stored;
 #ifdef PYOPS_EMULATE
   PTX_HERE;
-  emu::st_shared(addr, words, sizeof(T), false);
+  emu::move_shared(words, sizeof(T), addr, true, false);
 #else
   if constexpr (sizeof(T) == 4)
     asm volatile("st.shared.b32 [%0], %1;" ::"r"(addr), "r"(words[0]) : "memory");
@@ -220,7 +221,7 @@ PTX_FN void ldmatrix(uint32_t (&d)[N], uint32_t addr PTX_AT) {
   static_assert(N == 1 || N == 2 || N == 4);
 #ifdef PYOPS_EMULATE
   PTX_HERE;
-  emu::ldmatrix(d, N, Trans, addr);
+  emu::move_matrices(d, N, Trans, addr, false);
 #else
 #define PTX_LDMATRIX(COUNT, REGS, ADDR, ...)                                                     \
   if constexpr (Trans)                                                                           \
@@ -249,7 +250,7 @@ PTX_FN void stmatrix(uint32_t addr, const uint32_t (&s)[N] PTX_AT) {
   static_assert(N == 1 || N == 2 || N == 4);
 #ifdef PYOPS_EMULATE
   PTX_HERE;
-  emu::stmatrix(s, N, Trans, addr);
+  emu::move_matrices(const_cast<uint32_t*>(s), N, Trans, addr, true);
 #else
 #define PTX_STMATRIX(COUNT, REGS, ...)                                                             \
   if constexpr (Trans)                                                                             \
@@ -330,13 +331,13 @@ PTX_FN void cp_async(uint32_t dst, const void* src PTX_AT) {
 }
 
 PTX_FN void cp_async_commit(PTX_ONLY_AT) {
-  PTX(emu::cp_async_commit(), "cp.async.commit_group;" :: : "memory");
+  PTX(emu::copies_commit(false), "cp.async.commit_group;" :: : "memory");
 }
 
 /// Waits until at most Pending of this thread's newest groups are in flight.
 template <int Pending>
 PTX_FN void cp_async_wait(PTX_ONLY_AT) {
-  PTX(emu::cp_async_wait(Pending), "cp.async.wait_group %0;" ::"n"(Pending) : "memory");
+  PTX(emu::copies_wait(false, Pending, false), "cp.async.wait_group %0;" ::"n"(Pending) : "memory");
 }
 
 /// An arrival at the mbarrier once this thread's cp.asyncs so far are done; counted by its init.
@@ -374,7 +375,7 @@ PTX_FN void mbar_arrive_cluster(uint32_t bar PTX_AT) {
 /// Whether the phase of that parity (0, 1, 0, ...) is over; waits a short while for it.
 PTX_FN bool mbar_try_wait(uint32_t bar, uint32_t phase PTX_AT) {
   uint32_t done = 0;
-  PTX90(done = emu::mbar_try_wait(bar, phase),
+  PTX90(done = emu::mbar_wait(bar, phase, true),
         "{\n.reg .pred p;\nmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n"
         "selp.u32 %0, 1, 0, p;\n}" : "=r"(done) : "r"(bar),
         "r"(phase) : "memory");
@@ -385,7 +386,7 @@ PTX_FN bool mbar_try_wait(uint32_t bar, uint32_t phase PTX_AT) {
 PTX_FN void mbar_wait(uint32_t bar, uint32_t phase PTX_AT) {
 #ifdef PYOPS_EMULATE
   PTX_HERE;
-  emu::mbar_wait(bar, phase);
+  emu::mbar_wait(bar, phase, false);
 #else
   while (!mbar_try_wait(bar, phase)) {
   }
@@ -396,7 +397,7 @@ PTX_FN void mbar_wait(uint32_t bar, uint32_t phase PTX_AT) {
 PTX_FN void mbar_wait_cluster(uint32_t bar, uint32_t phase PTX_AT) {
 #ifdef PYOPS_EMULATE
   PTX_HERE;
-  emu::mbar_wait(bar, phase);
+  emu::mbar_wait(bar, phase, false);
 #else
   uint32_t done = 0;
   while (!done)
@@ -411,18 +412,18 @@ PTX_FN void mbar_wait_cluster(uint32_t bar, uint32_t phase PTX_AT) {
 
 /// Makes mbar_init visible to the cluster and to the asynchronous units.
 PTX_FN void fence_mbarrier_init(PTX_ONLY_AT) {
-  PTX90(emu::fence_mbarrier_init(), "fence.mbarrier_init.release.cluster;" :: : "memory");
+  PTX90(emu::fence(false), "fence.mbarrier_init.release.cluster;" :: : "memory");
 }
 
 /// Orders this thread's accesses with those of TMA and wgmma to the same memory: after writing
 /// shared memory, before the barrier that precedes the asynchronous use.
 PTX_FN void fence_proxy_async(PTX_ONLY_AT) {
-  PTX90(emu::fence_proxy_async(), "fence.proxy.async;" :: : "memory");
+  PTX90(emu::fence(true), "fence.proxy.async;" :: : "memory");
 }
 
 /// The same for shared memory only (cheaper).
 PTX_FN void fence_proxy_async_shared(PTX_ONLY_AT) {
-  PTX90(emu::fence_proxy_async(), "fence.proxy.async.shared::cta;" :: : "memory");
+  PTX90(emu::fence(true), "fence.proxy.async.shared::cta;" :: : "memory");
 }
 
 }  // namespace pyops::ptx

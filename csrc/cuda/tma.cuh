@@ -123,7 +123,7 @@ PTX_FN void bulk_load(uint32_t smem, const void* src, uint32_t bytes, uint32_t b
 
 /// Copies shared memory to a block of the cluster; `dst` and `bar` there, from map_cluster.
 PTX_FN void bulk_copy_cluster(uint32_t dst, uint32_t src, uint32_t bytes, uint32_t bar PTX_AT) {
-  PTX90(emu::bulk_copy_cluster(dst, src, bytes, bar),
+  PTX90(emu::bulk_load(dst, emu::resolve(src, bytes, 16), bytes, bar),
         "cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes [%0], [%1], %2, "
         "[%3];" ::"r"(dst),
         "r"(src), "r"(bytes), "r"(bar) : "memory");
@@ -145,19 +145,20 @@ PTX_FN void bulk_reduce_add(float* dst, uint32_t smem, uint32_t bytes PTX_AT) {
 }
 
 PTX_FN void bulk_commit(PTX_ONLY_AT) {
-  PTX90(emu::bulk_commit(), "cp.async.bulk.commit_group;" :: : "memory");
+  PTX90(emu::copies_commit(true), "cp.async.bulk.commit_group;" :: : "memory");
 }
 
 /// Waits until at most Pending of this thread's newest bulk groups are unfinished.
 template <int Pending>
 PTX_FN void bulk_wait(PTX_ONLY_AT) {
-  PTX90(emu::bulk_wait(Pending, false), "cp.async.bulk.wait_group %0;" ::"n"(Pending) : "memory");
+  PTX90(emu::copies_wait(true, Pending, false),
+        "cp.async.bulk.wait_group %0;" ::"n"(Pending) : "memory");
 }
 
 /// ... have not yet read their shared memory.
 template <int Pending>
 PTX_FN void bulk_wait_read(PTX_ONLY_AT) {
-  PTX90(emu::bulk_wait(Pending, true),
+  PTX90(emu::copies_wait(true, Pending, true),
         "cp.async.bulk.wait_group.read %0;" ::"n"(Pending) : "memory");
 }
 
@@ -203,7 +204,7 @@ PTX_FN T ld_cluster(uint32_t addr PTX_AT) {
     uint32_t word;
     T value;
   };
-  PTX90(emu::ld_shared(&word, 4, addr, true),
+  PTX90(emu::move_shared(&word, 4, addr, false, true),
         "ld.shared::cluster.b32 %0, [%1];" : "=r"(word) : "r"(addr) : "memory");
   return value;
 }
@@ -216,8 +217,8 @@ PTX_FN void st_cluster(uint32_t addr, T stored PTX_AT) {
     uint32_t word;
   };
   value = stored;
-  PTX90(emu::st_shared(addr, &word, 4, true), "st.shared::cluster.b32 [%0], %1;" ::"r"(addr),
-        "r"(word) : "memory");
+  PTX90(emu::move_shared(&word, 4, addr, true, true),
+        "st.shared::cluster.b32 [%0], %1;" ::"r"(addr), "r"(word) : "memory");
 }
 
 /// st_cluster in the background, its 4 bytes counted at `bar` (of the same block as addr).

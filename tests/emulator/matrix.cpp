@@ -8,181 +8,126 @@ constexpr int depth_of(Type type) { return 32 / size_of(type); }
 
 static float element(const void* at, Type type) {
   uint32_t bits = 0;
-  std::memcpy(&bits, at, static_cast<size_t>(size_of(type)));
+  std::memcpy(&bits, at, size_of(type));
   if (type == F16) return __half2float(__half(__half_raw{static_cast<unsigned short>(bits)}));
   return __uint_as_float(type == TF32 ? bits & ~0x1FFFu : bits << 16);
 }
 
-// ---- ldmatrix, stmatrix ----
-
-struct Matrices {
-  uint32_t registers[4], addr;
-  Fiber* fiber;
-};
-
 /// Matrix i's row r lies at the address of lane 8i + r; lane l holds elements 2(l%4), 2(l%4) + 1
 /// of row l/4 of each matrix, or of its transpose.
-static void move_matrices(Matrices& own, int count, bool transpose, bool store) {
-  collective(store ? "stmatrix" : "ldmatrix", ~0u, own, [=](auto of) {
-    for (int row = 0; row < 8 * count; ++row) {
-      unsigned char* const place = resolve(of(row)->addr, 16, 16);
-      const Actor actor = as_thread(*of(row)->fiber);
-      machine.acting = &actor;
-      track(place, 16, store ? kWrite : kRead);
-      machine.acting = nullptr;
-      for (int column = 0; column < 8; ++column) {
-        const int r = row % 8, major = transpose ? column : r, minor = transpose ? r : column;
-        uint32_t* const word = &of(4 * major + minor / 2)->registers[row / 8];
-        auto* const half = reinterpret_cast<unsigned char*>(word) + 2 * (minor % 2);
-        if (store)
-          std::memcpy(place + 2 * column, half, 2);
-        else
-          std::memcpy(half, place + 2 * column, 2);
-      }
+void move_matrices(uint32_t* registers, int count, bool transpose, uint32_t addr, bool store) {
+  struct Own {
+    uint32_t* registers;
+    unsigned char* row;
+  } own{registers, nullptr};
+  if (lane_id() < 8 * count) {
+    own.row = resolve(addr, 16, 16);
+    track(own.row, 16, store ? kWrite : kRead);
+  }
+  collective(store ? "stmatrix" : "ldmatrix", own, [=](auto of) {
+    for (int i = 0; i < 64 * count; ++i) {
+      const int row = i / 8 % 8, column = i % 8;
+      const int major = transpose ? column : row, minor = transpose ? row : column;
+      uint32_t* const word = &of(4 * major + minor / 2)->registers[i / 64];
+      unsigned char* const half = reinterpret_cast<unsigned char*>(word) + 2 * (minor % 2);
+      unsigned char* const place = of(i / 8)->row + 2 * column;
+      std::memcpy(store ? place : half, store ? half : place, 2);
     }
   });
 }
 
-void ldmatrix(uint32_t* d, int count, bool transpose, uint32_t addr) {
-  Matrices own{{}, addr, &self()};
-  move_matrices(own, count, transpose, false);
-  std::copy(own.registers, own.registers + count, d);
-}
+using Operand = std::vector<float>;  // rows of A or columns of B, all of K each
 
-void stmatrix(const uint32_t* s, int count, bool transpose, uint32_t addr) {
-  Matrices own{{}, addr, &self()};
-  std::copy(s, s + count, own.registers);
-  move_matrices(own, count, transpose, true);
-}
-
-// ---- mma.sync ----
-
-struct Mma {
-  float* d;
-  const uint32_t *a, *b;
-};
-
-/// Element k of row m of A (or of column m of B) in the registers of a warp: with n numbers a
-/// register, lane 4(m%8) + k/n%4 has it in register m/8 + rows/8 (k/4n).
+/// 8 or 16 rows of A or columns of B in the registers of a warp: with n numbers a register, element
+/// k of row m is in lane 4(m%8) + k/n%4, register m/8 + rows/8 (k/4n).
 template <class Registers>
-static float fragment(Registers registers, int rows, int m, int k, Type type) {
-  const int n = 4 / size_of(type);
-  const uint32_t* const lane = registers(4 * (m % 8) + k / n % 4);
-  const auto* word =
-      reinterpret_cast<const unsigned char*>(&lane[m / 8 + rows / 8 * (k / (4 * n))]);
-  return element(word + k % n * size_of(type), type);
-}
-
-void mma_sync(float* d, const uint32_t* a, const uint32_t* b, Type type) {
-  Mma own{d, a, b};
-  collective("mma", ~0u, own, [type](auto of) {
-    const int depth = depth_of(type);
-    float rows[16][16], columns[8][16];
+static Operand unpack(int rows, Type type, Registers registers) {
+  const int n = 4 / size_of(type), depth = depth_of(type);
+  Operand to;
+  for (int m = 0; m < rows; ++m)
     for (int k = 0; k < depth; ++k) {
-      for (int m = 0; m < 16; ++m)
-        rows[m][k] = fragment([&](int lane) { return of(lane)->a; }, 16, m, k, type);
-      for (int n = 0; n < 8; ++n)
-        columns[n][k] = fragment([&](int lane) { return of(lane)->b; }, 8, n, k, type);
-    }
-    for (int m = 0; m < 16; ++m)
-      for (int n = 0; n < 8; ++n) {
-        float& sum = of(4 * (m % 8) + n / 2)->d[2 * (m / 8) + n % 2];
-        for (int k = 0; k < depth; ++k) sum += rows[m][k] * columns[n][k];
-      }
-  });
-}
-
-// ---- wgmma ----
-
-/// An operand in shared memory as its descriptor tells: chunks of 16 bytes, `wide` of them a row.
-struct Descriptor {
-  uint32_t start, leading, stride, base_offset, wide;
-
-  explicit Descriptor(uint64_t bits) {
-    const auto field = [=](int from) { return static_cast<uint32_t>(bits >> from & 0x3FFF) << 4; };
-    const uint32_t wides[4]{1, 8, 4, 2};
-    start = field(0);
-    leading = field(16);
-    stride = field(32);
-    base_offset = bits >> 49 & 7;
-    wide = wides[bits >> 62];
-  }
-
-  /// Address of the chunk number `along` of the contiguous axis (K if is_k), at `minor` of the
-  /// other one.
-  uint32_t chunk(uint32_t along, uint32_t minor, bool is_k) const {
-    const uint32_t addr = start + minor % 8 * 16 * wide;
-    // 8 rows of 16 bytes are contiguous; leading steps along K, stride along M or N.
-    if (wide == 1)
-      return is_k ? addr + along * leading + minor / 8 * stride
-                  : addr + along * stride + minor / 8 * leading;
-    const uint32_t in =
-        addr + minor / 8 * stride + along % wide * 16 + (is_k ? 0 : along / wide * leading);
-    return in ^ (((in >> 7) - base_offset) & (wide - 1)) << 4;
-  }
-};
-
-using Operand = std::vector<float>;  // rows of A or columns of B, K numbers each
-
-/// From `first` on, `rows` of M or N of an operand in shared memory.
-static Operand fetch(uint64_t descriptor, int first, int rows, bool is_k, Type type,
-                     const Block& block) {
-  const Descriptor operand(descriptor);
-  const int depth = depth_of(type), per = 16 / size_of(type);
-  Operand to(static_cast<size_t>(rows * depth));
-  for (int row = 0; row < rows; row += is_k ? 1 : per)
-    for (int k = 0; k < depth; k += is_k ? per : 1) {
-      const auto m = static_cast<uint32_t>(first + row),
-                 along = is_k ? static_cast<uint32_t>(k) : m;
-      const uint32_t addr = operand.chunk(along / static_cast<uint32_t>(per),
-                                          is_k ? m : static_cast<uint32_t>(k), is_k);
-      if (addr < kSmemBase || addr + 16 > kSmemBase + machine.config.smem)
-        fail("wgmma: its descriptor leads to shared memory %#x, outside the block's", addr);
-      const unsigned char* const chunk = block.smem + (addr - kSmemBase);
-      track(chunk, 16, kRead);
-      for (int i = 0; i < per; ++i)
-        to[static_cast<size_t>(is_k ? row * depth + k + i : (row + i) * depth + k)] =
-            element(chunk + i * size_of(type), type);
+      const uint32_t* const word =
+          registers(4 * (m % 8) + k / n % 4) + m / 8 + rows / 8 * (k / (4 * n));
+      to.push_back(element(reinterpret_cast<const char*>(word) + k % n * size_of(type), type));
     }
   return to;
 }
 
-/// A warp's 16 rows.
-static void execute(const Operand& a, const Operand& b, int n_columns, bool accumulate,
-                    Accumulator& into) {
-  const size_t depth = a.size() / 16;
-  for (int m = 0; m < 16; ++m)
-    for (int n = 0; n < n_columns; ++n) {
+/// Calls add(lane, register, sum) for all of a 16-row product, as its accumulators lie.
+template <class Add>
+static void multiply(const Operand& a, const Operand& b, Add add) {
+  const size_t depth = a.size() / 16, columns = b.size() / depth;
+  for (size_t m = 0; m < 16; ++m)
+    for (size_t n = 0; n < columns; ++n) {
       float sum = 0;
-      const float* const row = &a[static_cast<size_t>(m) * depth];
-      const float* const column = &b[static_cast<size_t>(n) * depth];
-      for (size_t k = 0; k < depth; ++k) sum += row[k] * column[k];
-      const int lane = 4 * (m % 8) + n % 8 / 2, i = 4 * (n / 8) + 2 * (m / 8) + n % 2;
-      float& d = into.values[static_cast<size_t>(lane * into.count + i)];
-      d = accumulate ? d + sum : sum;
+      for (size_t k = 0; k < depth; ++k) sum += a[m * depth + k] * b[n * depth + k];
+      add(4 * (m % 8) + n % 8 / 2, 4 * (n / 8) + 2 * (m / 8) + n % 2, sum);
     }
 }
 
-constexpr uint32_t kInFlight = 0x7FC0ACC5;  // a NaN: the registers of accumulators in flight
+void mma_sync(float* d, const uint32_t* a, const uint32_t* b, Type type) {
+  struct Own {
+    float* d;
+    const uint32_t *a, *b;
+  } own{d, a, b};
+  collective("mma", own, [type](auto of) {
+    multiply(unpack(16, type, [of](int lane) { return of(lane)->a; }),
+             unpack(8, type, [of](int lane) { return of(lane)->b; }),
+             [of](int lane, int i, float sum) { of(lane)->d[i] += sum; });
+  });
+}
 
-struct Issue {
-  Fiber* fiber;
-  float* d;
-  const uint32_t* a_registers;
-  Warp::Call call;
-  bool accumulate;
+/// An operand in shared memory as its descriptor tells: chunks of 16 bytes, `wide` of them a row.
+struct Descriptor {
+  uint64_t bits;
+
+  uint32_t field(int from) const { return (bits >> from & 0x3FFF) << 4; }
+  /// Address of the chunk number `along` of the contiguous axis (K if is_k), at `minor` of the
+  /// other one.
+  uint32_t chunk(uint32_t along, uint32_t minor, bool is_k) const {
+    const uint32_t leading = field(16), stride = field(32), base_offset = bits >> 49 & 7;
+    const uint32_t wide = bits >> 62 == 0 ? 1 : 16 >> (bits >> 62);
+    const uint32_t addr = field(0) + minor % 8 * 16 * wide;
+    // 8 rows of 16 bytes are contiguous; leading steps along K, stride along M or N.
+    if (wide == 1)
+      return addr + (is_k ? along : minor / 8) * leading + (is_k ? minor / 8 : along) * stride;
+    const uint32_t to =
+        addr + minor / 8 * stride + along % wide * 16 + (is_k ? 0 : along / wide * leading);
+    return to ^ (((to >> 7) - base_offset) & (wide - 1)) << 4;
+  }
 };
+
+/// From `first` on, `rows` of M or N of an operand in shared memory.
+static Operand fetch(Descriptor operand, int first, int rows, bool is_k, Type type,
+                     const Block& block) {
+  const int depth = depth_of(type), size = size_of(type), per = 16 / size;
+  Operand to(rows * depth);
+  for (int row = 0; row < rows; row += is_k ? 1 : per)
+    for (int k = 0; k < depth; k += is_k ? per : 1) {
+      const int m = first + row;
+      const uint32_t addr = operand.chunk((is_k ? k : m) / per, is_k ? m : k, is_k);
+      if (addr < kSmemBase || addr + 16 > kSmemBase + machine.config.smem)
+        fail("wgmma: its descriptor leads to ", hex(addr), ", outside the block's shared memory");
+      const unsigned char* const chunk = block.smem + (addr - kSmemBase);
+      track(chunk, 16, kRead);
+      for (int i = 0; i < per; ++i)
+        to[is_k ? row * depth + k + i : (row + i) * depth + k] = element(chunk + i * size, type);
+    }
+  return to;
+}
+
+constexpr uint32_t kInFlight = 0x7FC0ACC5;  // a NaN: the registers of accumulators in flight
 
 /// The accumulators of an operation that a warp issues, new or in flight already.
 template <class Lanes>
 static Accumulator& accumulator_of(Warp& warp, int count, Lanes of) {
   float* const first = of(0)->d;
-  for (const auto& other : warp.accumulators) {
-    if (other->d[0] == first && other->count == count) return *other;
-    if (first < other->d[0] + other->count && other->d[0] < first + count)
+  for (Accumulator& other : warp.accumulators) {
+    if (other.d[0] == first && other.count == count) return other;
+    if (first < other.d[0] + other.count && other.d[0] < first + count)
       fail("wgmma: the accumulators overlap others in flight");
   }
-  Accumulator& made = *warp.accumulators.emplace_back(std::make_unique<Accumulator>());
+  Accumulator& made = warp.accumulators.emplace_back();
   made.count = count;
   for (int lane = 0; lane < 32; ++lane) {
     if (!of(lane)->fiber->registers_fenced)
@@ -196,40 +141,43 @@ static Accumulator& accumulator_of(Warp& warp, int count, Lanes of) {
 
 void wgmma(float* d, int n, Type type, const uint32_t* a_registers, uint64_t a, uint64_t b,
            int a_major, int b_major, bool accumulate) {
-  Fiber& fiber = self();
-  Block& block = *fiber.block;
-  const auto first = static_cast<size_t>(fiber.warp & ~3);
-  if (block.fibers.size() < 32 * (first + 4)) fail("wgmma by less than a whole warpgroup");
-  Issue own{&fiber, d, a_registers, {n, a, b}, accumulate};
-  collective("wgmma", ~0u, own, [&, type, n, a, b, a_major, b_major, accumulate](auto of) {
+  struct Own {
+    Fiber* fiber;
+    float* d;
+    const uint32_t* a;
+    Warp::Call call;
+  } own{&self(), d, a_registers, {n, a, b, accumulate}};
+  const Block& block = *self().block;
+  const int first = self().warp & ~3;
+  if (block.warps.size() < first + 4u) fail("wgmma by less than a whole warpgroup");
+  collective("wgmma", own, [=, &block](auto of) {
+    const Fiber& fiber = *of(0)->fiber;
+    const Warp::Call call = of(0)->call;
     Warp& warp = warp_of(fiber);
-    for (int lane = 1; lane < 32; ++lane)
-      if (of(lane)->call != own.call || of(lane)->accumulate != accumulate)
-        fail("wgmma: the lanes of the warp differ in descriptors or `accumulate`");
-    ++warp.issued;
-    warp.calls.push_back(own.call);
-    for (size_t i = first; i < first + 4; ++i)
-      if (block.warps[i].issued >= warp.issued && block.warps[i].calls[warp.issued - 1] != own.call)
-        fail("wgmma: warps %d and %zu of the warpgroup issue different operations", fiber.warp, i);
+    const uint64_t number = ++warp.issued;
+    warp.calls.push_back(call);
+    for (int i = first; i < first + 4; ++i)
+      if (block.warps[i].issued >= number && block.warps[i].calls[number - 1] != call)
+        fail("wgmma: warps ", fiber.warp, " and ", i,
+             " of the warpgroup issue different operations");
     Accumulator& accumulator = accumulator_of(warp, n / 2, of);
-    accumulator.last = warp.issued;
-    Actor actor = as_wgmma(fiber, warp.issued);
-    const auto clocks = std::make_shared<Clocks>();
-    Operand rows;
+    accumulator.last = number;
+    const Actor actor = as_wgmma(*of(0)->fiber, number);
     for (int lane = 0; lane < 32; ++lane) {
-      release(*clocks, *of(lane)->fiber);
-      if (a_registers == nullptr) continue;
-      const uint32_t* const from = of(lane)->a_registers;
-      warp.operands.push_back({from, {from[0], from[1], from[2], from[3]}, warp.issued});
+      if (of(lane)->call != call)
+        fail("wgmma: the lanes of the warp differ in descriptors or `accumulate`");
+      if (actor.clocks != nullptr) release(*actor.clocks, *of(lane)->fiber);
+      if (const uint32_t* const r = of(lane)->a)
+        warp.operands.push_back({r, {r[0], r[1], r[2], r[3]}, number});
     }
-    actor.clocks = clocks;
-    if (a_registers != nullptr)
-      for (int m = 0; m < 16; ++m)
-        for (int k = 0; k < depth_of(type); ++k)
-          rows.push_back(fragment([&](int lane) { return of(lane)->a_registers; }, 16, m, k, type));
-    defer(&warp, actor, [=, &block, &warp, &accumulator, row = 16 * (fiber.warp % 4)] {
-      const Operand left = rows.empty() ? fetch(a, row, 16, a_major == 0, type, block) : rows;
-      execute(left, fetch(b, 0, n, b_major == 0, type, block), n, accumulate, accumulator);
+    Operand rows;
+    if (a_registers != nullptr) rows = unpack(16, type, [of](int lane) { return of(lane)->a; });
+    defer(warp.chain, actor, [=, &block, &warp, &accumulator, row = 16 * (fiber.warp % 4)] {
+      multiply(rows.empty() ? fetch({a}, row, 16, a_major == 0, type, block) : rows,
+               fetch({b}, 0, n, b_major == 0, type, block), [&](int lane, int i, float sum) {
+                 float& value = accumulator.values[lane * accumulator.count + i];
+                 value = accumulate ? value + sum : sum;
+               });
       ++warp.executed;
       wake(warp.waiting);
     });
@@ -238,48 +186,47 @@ void wgmma(float* d, int n, Type type, const uint32_t* a_registers, uint64_t a, 
 
 void wgmma_fence() {
   interleave();
-  collective("wgmma_fence", ~0u, self(), [](auto) {});
+  gather("wgmma_fence", nullptr);
   self().registers_fenced = true;
 }
 
 void wgmma_commit() {
-  collective("wgmma_commit", ~0u, warp_of(self()),
+  collective("wgmma_commit", warp_of(self()),
              [](auto of) { of(0)->groups.push_back(of(0)->issued); });
 }
 
-/// Gives the accumulators of the finished operations back to their registers.
-static void deliver(const Fiber& fiber, uint64_t done) {
-  Warp& warp = warp_of(fiber);
+/// Gives the accumulators of the operations up to number `done` back to their registers.
+static void deliver(Warp& warp, uint64_t done) {
   for (const auto& [registers, values, last] : warp.operands)
     if (last <= done && !std::equal(values, values + 4, registers))
       fail("the A registers of a wgmma were overwritten while it was in flight");
-  for (const auto& accumulator : warp.accumulators) {
-    if (accumulator->last > done) continue;
-    const float* value = accumulator->values.data();
-    for (float* d : accumulator->d)
-      for (int i = 0; i < accumulator->count; ++i) {
-        if (__float_as_uint(d[i]) != kInFlight)
-          fail("an accumulator of a wgmma was overwritten while it was in flight");
-        d[i] = *value++;
-      }
-    for (const auto& lane : fiber.block->fibers)
-      if (lane->warp == fiber.warp) lane->registers_fenced = false;
+  for (const Accumulator& accumulator : warp.accumulators) {
+    const float* value = accumulator.values.data();
+    for (int i = 0; accumulator.last <= done && i < 32 * accumulator.count; ++i) {
+      float& d = accumulator.d[i / accumulator.count][i % accumulator.count];
+      if (std::memcmp(&d, &kInFlight, 4) != 0)
+        fail("an accumulator of a wgmma was overwritten while it was in flight");
+      d = *value++;
+    }
   }
-  std::erase_if(warp.accumulators, [=](const auto& each) { return each->last <= done; });
-  std::erase_if(warp.operands, [=](const auto& each) { return each.last <= done; });
 }
 
-void wgmma_wait(int pending) {
-  Fiber& fiber = self();
-  Warp& warp = warp_of(fiber);
-  const size_t keep = static_cast<size_t>(pending), groups = warp.groups.size();
-  const uint64_t done = groups > keep ? warp.groups[groups - 1 - keep] : 0;
-  await(
-      warp.waiting, [&] { return warp.executed >= done; }, "its wgmmas, all but %u groups",
-      static_cast<unsigned>(pending));
-  collective("wgmma_wait", ~0u, fiber, [done](auto of) {
-    deliver(*of(0), done);
-    for (int lane = 0; lane < 32; ++lane) observe(of(lane)->clocks, as_wgmma(*of(lane), done));
+void wgmma_wait(size_t pending) {
+  Warp& warp = warp_of(self());
+  const size_t groups = warp.groups.size();
+  const uint64_t done = groups > pending ? warp.groups[groups - 1 - pending] : 0;
+  await(warp.waiting, {"its wgmmas, all but %u groups", static_cast<unsigned>(pending)},
+        [&] { return warp.executed >= done; });
+  collective("wgmma_wait", self(), [done, &warp](auto of) {
+    deliver(warp, done);
+    const Actor finishing = as_wgmma(*of(0), done);
+    const auto finished = [=](const auto& each) { return each.last <= done; };
+    const bool returned = std::erase_if(warp.accumulators, finished) > 0;
+    std::erase_if(warp.operands, finished);
+    for (int lane = 0; lane < 32; ++lane) {
+      observe(of(lane)->clocks, finishing);
+      if (returned) of(lane)->registers_fenced = false;
+    }
   });
 }
 

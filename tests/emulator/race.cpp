@@ -13,7 +13,8 @@ static bool racing = false;
 
 static int first_copy_lane() { return 2 * machine.threads + machine.threads / 32 + 1; }
 
-static void join(std::vector<uint32_t>& to, const std::vector<uint32_t>& from) {
+using Lanes = std::vector<uint32_t>;
+static void join(Lanes& to, const Lanes& from) {
   if (to.size() < from.size()) to.resize(from.size());
   for (size_t i = 0; i < from.size(); ++i) to[i] = std::max(to[i], from[i]);
 }
@@ -25,60 +26,49 @@ void Clocks::join(const Clocks& other) {
 }
 
 void tick(Fiber& fiber) {
-  if (racing) ++fiber.clocks.seen[static_cast<size_t>(fiber.tid)];
+  if (racing) ++fiber.clocks.seen[fiber.tid];
 }
 
 void release(Clocks& to, Fiber& fiber) {
-  if (!racing) return;
-  to.join(fiber.clocks);
+  if (racing) to.join(fiber.clocks);
   tick(fiber);
-}
-
-void acquire(Fiber& fiber, const Clocks& from) {
-  if (racing) fiber.clocks.join(from);
 }
 
 void observe(Clocks& clocks, const Actor& done) {
   if (!racing) return;
-  const auto lane = static_cast<size_t>(done.lane);
-  if (clocks.seen.size() <= lane) clocks.seen.resize(lane + 1);
-  clocks.seen[lane] = std::max(clocks.seen[lane], done.clock);
+  clocks.seen.resize(std::max<size_t>(clocks.seen.size(), done.lane + 1));
+  clocks.seen[done.lane] = std::max(clocks.seen[done.lane], done.clock);
 }
 
 bool knows(const Fiber& fiber, const Actor& done) {
-  return !racing || fiber.clocks.seen[static_cast<size_t>(done.lane)] >= done.clock;
-}
-
-/// The fiber's present clocks, not to be kept.
-static std::shared_ptr<const Clocks> now(const Fiber& fiber) {
-  return {std::shared_ptr<void>(), &fiber.clocks};
+  return !racing || fiber.clocks.seen[done.lane] >= done.clock;
 }
 
 Actor as_thread(Fiber& fiber) {
   if (!racing) return {};
-  return {fiber.tid, fiber.clocks.seen[static_cast<size_t>(fiber.tid)], false, now(fiber)};
+  const std::shared_ptr<Clocks> now{std::shared_ptr<void>(), &fiber.clocks};  // not to be kept
+  return {fiber.tid, fiber.clocks.seen[fiber.tid], false, now};
+}
+
+static Actor issued_by(Fiber& fiber, int lane, uint32_t clock, bool async) {
+  if (!racing) return {};
+  const auto clocks = std::make_shared<Clocks>(fiber.clocks);
+  tick(fiber);
+  return {lane, clock, async, clocks};
 }
 
 Actor as_cp_async(Fiber& fiber) {
-  if (!racing) return {};
-  return {machine.threads + fiber.tid, fiber.copy_clock + 1, false, now(fiber)};
+  return issued_by(fiber, machine.threads + fiber.tid, ++fiber.copy_clock, false);
+}
+
+Actor as_wgmma(Fiber& fiber, uint64_t number) {
+  return issued_by(fiber, 2 * machine.threads + fiber.tid / 32, number, true);
 }
 
 Actor as_copy(Fiber& fiber) {
-  if (!racing) return {};
   const int lane = machine.next_copy_lane++ % kCopyLanes;
-  auto clocks = std::make_shared<Clocks>(fiber.clocks);
-  tick(fiber);
-  return {first_copy_lane() + lane, ++machine.copy_clocks[lane], true, std::move(clocks)};
+  return issued_by(fiber, first_copy_lane() + lane, ++machine.copy_clocks[lane], true);
 }
-
-Actor as_wgmma(const Fiber& fiber, uint64_t number) {
-  if (!racing) return {};
-  const int lane = 2 * machine.threads + fiber.tid / 32;
-  return {lane, static_cast<uint32_t>(number), true, {}};
-}
-
-// ---- shadow memory ----
 
 /// An access to some bytes of a word.
 struct Mark {
@@ -88,48 +78,55 @@ struct Mark {
   uint8_t bytes, access;  // of the asynchronous proxy: | kAsync
 };
 constexpr int kAsync = 4;
-struct Page {
-  Mark words[256][6];
-};
+using Word = Mark[6];
+using Page = std::array<Word, 256>;
 static std::unordered_map<uintptr_t, std::unique_ptr<Page>> pages;
-static Page* page = nullptr;  // the latest one
-static uintptr_t page_number = 0;
+static std::pair<uintptr_t, Page*> latest;  // page
+
+static std::unordered_map<const void*, std::map<uint32_t, Lanes>> released;  // by atomics; of waves
 
 void race_begin_wave() {
   if (!racing) return;
   std::fill(std::begin(machine.copy_clocks), std::end(machine.copy_clocks), 0);
-  page = nullptr;
-  if (machine.wave == 1) pages.clear();
-  for (const auto& block : machine.blocks) {
-    const auto start = reinterpret_cast<uintptr_t>(block->smem) / 1024;
-    for (uintptr_t i = start; i <= start + machine.config.smem / 1024; ++i) pages.erase(i);
-    for (const auto& fiber : block->fibers) {
-      fiber->clocks.seen.resize(static_cast<size_t>(first_copy_lane() + kCopyLanes));
-      fiber->clocks.proxy.resize(fiber->clocks.seen.size());
-      tick(*fiber);
-    }
+  latest = {};
+  if (machine.wave == 1) {
+    pages.clear();
+    released.clear();
+  }
+  for (const auto& block : machine.blocks)
+    for (size_t offset = 0; offset <= machine.config.smem; offset += 1024)
+      pages.erase(reinterpret_cast<uintptr_t>(block->smem + offset) / 1024);
+  for (Fiber* fiber : machine.fibers) {
+    fiber->clocks.seen.resize(first_copy_lane() + kCopyLanes);
+    fiber->clocks.proxy.resize(first_copy_lane() + kCopyLanes);
+    tick(*fiber);
   }
 }
 
-static std::string text(const Mark& mark) {
+static Word& word_at(uintptr_t number) {
+  if (latest.second == nullptr || latest.first != number / 256) {
+    std::unique_ptr<Page>& page = pages[number / 256];
+    if (page == nullptr) page = std::make_unique<Page>();
+    latest = {number / 256, page.get()};
+  }
+  return (*latest.second)[number % 256];
+}
+
+static std::string describe(const Mark& mark) {
   const int threads = machine.threads;
-  std::string who = "an asynchronous copy";
-  if (mark.wave != machine.wave)
-    who = "another block's thread";
-  else if (mark.lane < 2 * threads) {
-    for (const auto& block : machine.blocks)
-      for (const auto& fiber : block->fibers)
-        if (fiber->tid == mark.lane % threads)
-          who = where(*fiber) + (mark.lane < threads ? "" : "'s cp.async");
-  } else if (mark.lane < first_copy_lane())
-    who = emu::text("wgmma of warp %d", mark.lane - 2 * threads);
-  const Site site{reinterpret_cast<const char*>(mark.site >> 16),
-                  static_cast<int>(mark.site & 0xFFFF)};
-  return std::string(mark.access & kWrite ? "write" : "read") + " by " + who + " at " + text(site);
+  const auto who = [&]() -> std::string {
+    if (mark.wave != machine.wave) return "another block's thread";
+    if (mark.lane < threads) return text(*machine.fibers[mark.lane]);
+    if (mark.lane < 2 * threads) return text(*machine.fibers[mark.lane - threads], "'s cp.async");
+    if (mark.lane >= first_copy_lane()) return "an asynchronous copy";
+    return text("a wgmma of warp ", mark.lane - 2 * threads);
+  };
+  const Site site{reinterpret_cast<const char*>(mark.site >> 16), static_cast<uint16_t>(mark.site)};
+  return text(mark.access & kWrite ? "write by " : "read by ", who(), " at ", site);
 }
 
 static bool ordered(const Mark& earlier, const Clocks& clocks, int access) {
-  const std::vector<uint32_t>* seen = &clocks.seen;
+  const Lanes* seen = &clocks.seen;
   if (earlier.wave != machine.wave) {
     const auto found = clocks.past.find(earlier.wave);
     if (found == clocks.past.end()) return false;
@@ -140,45 +137,32 @@ static bool ordered(const Mark& earlier, const Clocks& clocks, int access) {
   return earlier.lane < seen->size() && (*seen)[earlier.lane] >= earlier.clock;
 }
 
-static void mark_word(const Actor& actor, uintptr_t word, uint8_t bytes, int access) {
-  if (page == nullptr || page_number != word >> 8) {
-    page_number = word >> 8;
-    std::unique_ptr<Page>& place = pages[page_number];
-    if (place == nullptr) place = std::make_unique<Page>();
-    page = place.get();
-  }
-  const Mark now{reinterpret_cast<uint64_t>(here.file) << 16 | static_cast<uint16_t>(here.line),
-                 actor.clock,
-                 machine.wave,
-                 static_cast<uint16_t>(actor.lane),
-                 bytes,
-                 static_cast<uint8_t>(access)};
+static void mark(Word& word, const Mark& now, const Clocks& clocks) {
   Mark* place = nullptr;
-  auto& marks = page->words[word & 255];
-  for (Mark& mark : marks) {
+  for (Mark& mark : word) {
     if (mark.bytes == 0) {
       if (place == nullptr) place = &mark;
       continue;
     }
-    if (!(mark.bytes & bytes)) continue;
+    if (!(mark.bytes & now.bytes)) continue;
     const bool same = mark.lane == now.lane && mark.wave == now.wave;
-    const bool covered = (mark.bytes & ~bytes) == 0;
-    if (!((mark.access | access) & kWrite)) {
+    const bool covered = (mark.bytes & ~now.bytes) == 0;
+    if (!((mark.access | now.access) & kWrite)) {
       if (same && covered) place = &mark;
       continue;
     }
-    if (!same && !(mark.access & access & kAtomic) && !ordered(mark, *actor.clocks, access)) {
-      const bool fence = (access & kAsync) && ordered(mark, *actor.clocks, 0);
-      here = {};
-      fail("%s: %s against %s", fence ? "no proxy fence between" : "race", text(now).c_str(),
-           text(mark).c_str());
+    if (!same && !(mark.access & now.access & kAtomic) && !ordered(mark, clocks, now.access)) {
+      const bool fence = (now.access & kAsync) && ordered(mark, clocks, 0);
+      machine.site = {};
+      fail(fence ? "no proxy fence between: " : "race: ", describe(now), " against ",
+           describe(mark));
     }
-    if (covered && (access & kWrite)) {
+    if (covered && (now.access & kWrite)) {
       mark.bytes = 0;
       if (place == nullptr) place = &mark;
     }
   }
-  *(place != nullptr ? place : &marks[dice(6)]) = now;
+  *(place != nullptr ? place : &word[dice(6)]) = now;
 }
 
 void track(const void* address, size_t bytes, int access) {
@@ -186,47 +170,38 @@ void track(const void* address, size_t bytes, int access) {
   const Actor own = machine.acting == nullptr ? as_thread(self()) : Actor{};
   const Actor& actor = machine.acting == nullptr ? own : *machine.acting;
   if (actor.async) access |= kAsync;
+  Mark now{reinterpret_cast<uint64_t>(machine.site.file) << 16 | uint16_t(machine.site.line),
+           actor.clock,
+           machine.wave,
+           uint16_t(actor.lane),
+           0,
+           uint8_t(access)};
   const auto start = reinterpret_cast<uintptr_t>(address), end = start + bytes;
   for (uintptr_t word = start / 4; word <= (end - 1) / 4; ++word) {
-    uint8_t mask = 15;
-    if (word * 4 < start) mask &= static_cast<uint8_t>(15 << (start - word * 4));
-    if (word * 4 + 4 > end) mask &= static_cast<uint8_t>(15 >> (word * 4 + 4 - end));
-    mark_word(actor, word, mask, access);
+    now.bytes = 15;
+    if (word * 4 < start) now.bytes &= 15 << (start - word * 4);
+    if (word * 4 + 4 > end) now.bytes &= 15 >> (word * 4 + 4 - end);
+    mark(word_at(word), now, *actor.clocks);
   }
 }
 
-// ---- atomics and fences in global memory ----
-
-struct Synchronised {
-  uint32_t wave = 0;
-  Clocks clocks;
-};
-static std::unordered_map<const void*, Synchronised> synchronised;
-
 void thread_fence() {
   interleave();
-  Fiber& fiber = self();
-  acquire(fiber, fiber.acquired);
-  release(fiber.fenced, fiber);
+  self().clocks.join(self().atomics.acquired);
+  release(self().atomics.fenced, self());
 }
 
 void atomic_access(const void* address, size_t bytes) {
   interleave();
   ++machine.idle;
   touch(address, bytes, kWrite | kAtomic);
-  if (!racing) return;
-  auto& [wave, clocks] = synchronised[address];
-  if (wave > machine.wave) clocks = {};  // of an earlier launch
-  if (wave < machine.wave) {
-    clocks.past[wave] = std::move(clocks.seen);
-    clocks.seen = clocks.proxy = {};
-  }
-  wave = machine.wave;
-  self().acquired.join(clocks);
-  clocks.join(self().fenced);
+  auto& [fenced, acquired] = self().atomics;
+  auto& here = released[address];
+  for (const auto& [wave, seen] : here)
+    join(wave == machine.wave ? acquired.seen : acquired.past[wave], seen);
+  join(here[machine.wave], fenced.seen);
+  for (const auto& [wave, seen] : fenced.past) join(here[wave], seen);
 }
-
-// ---- what the compiler inserts with -fsanitize=thread ----
 
 extern "C" char __attribute__((visibility("hidden"))) __ehdr_start[], _end[];  // by the linker
 
@@ -234,17 +209,18 @@ extern "C" char __attribute__((visibility("hidden"))) __ehdr_start[], _end[];  /
 static bool harmless(const void* address) {
   const auto* p = static_cast<const char*>(address);
   return (p >= __ehdr_start && p < _end) ||
-         (p >= machine.host_frame && p < machine.host_frame + 65536);
+         (p >= machine.host_stack && p < machine.host_stack + 65536);
 }
 
+/// An access by the kernel's own code.
 static void plain(const void* address, size_t bytes, int access, void* counter) {
   if (machine.current == nullptr || harmless(address)) return;
-  Fiber& fiber = self();
-  here = {static_cast<const char*>(counter), 0};
+  const Fiber& fiber = self();
+  machine.site = {static_cast<const char*>(counter), 0};
   if (on_stack(address)) {
     const auto* p = static_cast<const float*>(address);
-    for (const auto& accumulator : warp_of(fiber).accumulators)
-      if (const float* d = accumulator->d[fiber.lane]; p >= d && p < d + accumulator->count)
+    for (const Accumulator& accumulator : warp_of(fiber).accumulators)
+      if (const float* d = accumulator.d[fiber.lane]; p >= d && p < d + accumulator.count)
         fail("an accumulator of a wgmma in flight is touched");
     return;
   }
@@ -257,6 +233,7 @@ static void plain(const void* address, size_t bytes, int access, void* counter) 
 
 }  // namespace emu
 
+// What the compiler inserts with -fsanitize=thread.
 #define EMU_HOOK(name, bytes, access) \
   void __tsan_##name(void* p) { emu::plain(p, bytes, access, __builtin_return_address(0)); }
 #define EMU_HOOKS(bytes)                             \
