@@ -9,6 +9,7 @@ OUT ?= build/results
 BUDGET ?= 480
 BENCHES ?= conv_relu_pool attention lstm conv_transpose_act
 
+CXX_FILES := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 SOURCES := setup.py $(shell find csrc -type f 2>/dev/null)
 MODULES := pyproject.toml $(shell find pyops triton_kernels -name '*.py' 2>/dev/null)
 
@@ -52,12 +53,12 @@ lint: $(VENV)/.packages
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
-	$(VENV)/bin/clang-format --dry-run -Werror $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+	$(VENV)/bin/clang-format --dry-run -Werror $(CXX_FILES)
 
 format: $(VENV)/.packages
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
-	$(VENV)/bin/clang-format -i $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+	$(VENV)/bin/clang-format -i $(CXX_FILES)
 
 clean:
 	rm -rf build dist .venv *.egg-info pyops/*.so

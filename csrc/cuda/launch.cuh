@@ -1,4 +1,5 @@
-/// The one way to launch a kernel, tensor maps for TMA, and the device guard. No torch here.
+/// The one way to launch a kernel, and tensor maps for TMA. No torch here: the op's entry makes the
+/// tensors' device current (torch::stable::accelerator::DeviceGuard) and gives its stream.
 #pragma once
 
 #include <cuda.h>
@@ -51,8 +52,9 @@ template <class... Params, class... Args>
 void launch(const LaunchConfig& config, void (*kernel)(Params...), Args&&... args) {
   if (config.grid.x == 0 || config.grid.y == 0 || config.grid.z == 0) return;
 #ifdef PYOPS_EMULATE
+  const auto thread = [&] { kernel(static_cast<Params>(args)...); };
   emu::launch({describe(config).c_str(), config.grid, config.block, config.cluster, config.smem},
-              [&] { kernel(static_cast<Params>(args)...); });
+              std::cref(thread));
 #else
   if (config.smem > 48 * 1024)
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
@@ -74,31 +76,6 @@ void launch(const LaunchConfig& config, void (*kernel)(Params...), Args&&... arg
   check(cudaLaunchKernelEx(&native, kernel, static_cast<Params>(args)...), config);
 #endif
 }
-
-/// Makes `device` current until the end of the scope.
-class DeviceGuard {
- public:
-  explicit DeviceGuard(int device) {
-#ifndef PYOPS_EMULATE
-    check(cudaGetDevice(&previous_), "cudaGetDevice");
-    if (device != previous_) check(cudaSetDevice(device), "cudaSetDevice");
-    device_ = device;
-#else
-    (void)device;
-#endif
-  }
-  ~DeviceGuard() {
-#ifndef PYOPS_EMULATE
-    if (device_ != previous_) cudaSetDevice(previous_);
-#endif
-  }
-  DeviceGuard(const DeviceGuard&) = delete;
-  DeviceGuard& operator=(const DeviceGuard&) = delete;
-
- private:
-  int previous_ = 0;
-  int device_ = 0;
-};
 
 /// A tensor in global memory as TMA sees it. Dimensions innermost first.
 struct TensorMapConfig {

@@ -2,9 +2,10 @@
 /// it includes, the only place with asm.
 ///
 /// With PYOPS_EMULATE the same functions call the emulator of tests/emulator, so that g++ compiles
-/// the very same kernels for the CPU. PTX(host, device asm...) holds both forms side by side;
-/// PTX_AT hands the emulator the caller's file and line. Shared memory is addressed by 32 bits
-/// (smem_addr); shared memory is only ever dynamic (DYN_SMEM).
+/// the very same kernels for the CPU. PTX(host, device asm...) holds both forms side by side, as do
+/// PTX_MATH for arithmetic and PTX_CALL for an expression; PTX_AT and PTX_PASS hand the caller's
+/// file and line on to the emulator. Shared memory is addressed by 32 bits (smem_addr); shared
+/// memory is only ever dynamic (DYN_SMEM).
 #pragma once
 
 #include <cuda.h>
@@ -19,16 +20,25 @@
 #define PTX_FN inline
 #define PTX_AT , const char *file = __builtin_FILE(), int line = __builtin_LINE()
 #define PTX_ONLY_AT const char *file = __builtin_FILE(), int line = __builtin_LINE()
-#define PTX_HERE \
-  ::emu::Site { file, line }
-#define PTX(host, ...) host
-#define PTX90(host, ...) host
+#define PTX_PASS , file, line
+#define PTX_ONLY_PASS file, line
+#define PTX_HERE ::emu::at(file, line)
+#define PTX(host, ...) \
+  PTX_HERE;            \
+  host
+#define PTX90(host, ...) PTX(host, )
+#define PTX_MATH(host, ...) host
+#define PTX_CALL(host, ...) (PTX_HERE, host)
 #define DYN_SMEM(name) unsigned char* const name = ::emu::dynamic_smem()
 #else
 #define PTX_FN __device__ __forceinline__
 #define PTX_AT
 #define PTX_ONLY_AT
+#define PTX_PASS
+#define PTX_ONLY_PASS
 #define PTX(host, ...) asm volatile(__VA_ARGS__)
+#define PTX_MATH(host, ...) asm volatile(__VA_ARGS__)
+#define PTX_CALL(host, ...) __VA_ARGS__
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
 #define PTX90(host, ...) asm volatile(__VA_ARGS__)
 #else
@@ -44,66 +54,38 @@ struct tf32 {};  // operand type tag: 32-bit elements whose low 13 bits the tens
 // ---- threads, warps, the block --------------------------------------------------------------
 
 /// 32-bit address of a pointer into this block's shared memory.
-PTX_FN uint32_t smem_addr(const void* pointer) {
-#ifdef PYOPS_EMULATE
-  return emu::smem_addr(pointer);
-#else
-  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
-#endif
+PTX_FN uint32_t smem_addr(const void* pointer PTX_AT) {
+  return PTX_CALL(emu::smem_addr(pointer),
+                  static_cast<uint32_t>(__cvta_generic_to_shared(pointer)));
 }
 
 /// Barrier of all threads of the block.
-PTX_FN void sync_threads(PTX_ONLY_AT) {
-#ifdef PYOPS_EMULATE
-  emu::sync_threads(PTX_HERE);
-#else
-  __syncthreads();
-#endif
-}
+PTX_FN void sync_threads(PTX_ONLY_AT) { PTX_CALL(emu::sync_threads(), __syncthreads()); }
 
-PTX_FN void sync_warp(PTX_ONLY_AT) {
-#ifdef PYOPS_EMULATE
-  emu::sync_warp(~0u, PTX_HERE);
-#else
-  __syncwarp();
-#endif
-}
+PTX_FN void sync_warp(PTX_ONLY_AT) { PTX_CALL(emu::sync_warp(), __syncwarp()); }
 
 /// The value of lane `source`.
 template <class T>
 PTX_FN T shfl(T value, int source PTX_AT) {
-#ifdef PYOPS_EMULATE
-  return emu::shfl(value, [source](int) { return source & 31; }, ~0u, PTX_HERE);
-#else
-  return __shfl_sync(~0u, value, source);
-#endif
+  return PTX_CALL(emu::shfl(value, source), __shfl_sync(~0u, value, source));
 }
 
 /// The value of lane `own lane ^ mask`.
 template <class T>
 PTX_FN T shfl_xor(T value, int mask PTX_AT) {
-#ifdef PYOPS_EMULATE
-  return emu::shfl(value, [mask](int lane) { return lane ^ mask; }, ~0u, PTX_HERE);
-#else
-  return __shfl_xor_sync(~0u, value, mask);
-#endif
+  return PTX_CALL(emu::shfl(value, emu::lane_id() ^ mask), __shfl_xor_sync(~0u, value, mask));
 }
 
 PTX_FN int lane_id() { return threadIdx.x & 31; }
 
 /// threadIdx.x / 32 in a form that the compiler knows to be the same in the whole warp.
-PTX_FN int warp_id(PTX_ONLY_AT) {
-#ifdef PYOPS_EMULATE
-  return shfl(static_cast<int>(threadIdx.x / 32), 0, file, line);
-#else
-  return shfl(static_cast<int>(threadIdx.x / 32), 0);
-#endif
-}
+PTX_FN int warp_id(PTX_ONLY_AT) { return shfl(static_cast<int>(threadIdx.x / 32), 0 PTX_PASS); }
 
 /// True in one lane of the (converged) warp.
 PTX_FN bool elect_one(PTX_ONLY_AT) {
   uint32_t elected = 0;
-  PTX90(elected = emu::elect_one(PTX_HERE),
+  PTX90(emu::gather("elect", nullptr);
+        elected = emu::lane_id() == 0,
         "{\n.reg .pred p;\nelect.sync _|p, 0xffffffff;\nselp.u32 %0, 1, 0, p;\n}" : "=r"(elected));
   return elected != 0;
 }
@@ -112,15 +94,14 @@ PTX_FN bool elect_one(PTX_ONLY_AT) {
 template <int Id, int Threads>
 PTX_FN void named_barrier_sync(PTX_ONLY_AT) {
   static_assert(Id > 0 && Id < 16 && Threads % 32 == 0);
-  PTX(emu::named_barrier(Id, Threads, true, PTX_HERE), "bar.sync %0, %1;" ::"n"(Id),
-      "n"(Threads) : "memory");
+  PTX(emu::named_barrier(Id, Threads, true), "bar.sync %0, %1;" ::"n"(Id), "n"(Threads) : "memory");
 }
 
 /// Arrives at barrier Id without waiting: the others wait for these threads, too.
 template <int Id, int Threads>
 PTX_FN void named_barrier_arrive(PTX_ONLY_AT) {
   static_assert(Id > 0 && Id < 16 && Threads % 32 == 0);
-  PTX(emu::named_barrier(Id, Threads, false, PTX_HERE), "bar.arrive %0, %1;" ::"n"(Id),
+  PTX(emu::named_barrier(Id, Threads, false), "bar.arrive %0, %1;" ::"n"(Id),
       "n"(Threads) : "memory");
 }
 
@@ -129,8 +110,7 @@ template <int Registers>
 PTX_FN void setmaxnreg_dec(PTX_ONLY_AT) {
   static_assert(Registers % 8 == 0 && Registers >= 24 && Registers <= 256);
 #if defined(PYOPS_EMULATE) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
-  PTX90(emu::setmaxnreg(Registers, false, PTX_HERE),
-        "setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(Registers));
+  PTX90(emu::setmaxnreg(Registers, false), "setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(Registers));
 #endif
 }
 
@@ -138,8 +118,7 @@ template <int Registers>
 PTX_FN void setmaxnreg_inc(PTX_ONLY_AT) {
   static_assert(Registers % 8 == 0 && Registers >= 24 && Registers <= 256);
 #if defined(PYOPS_EMULATE) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
-  PTX90(emu::setmaxnreg(Registers, true, PTX_HERE),
-        "setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(Registers));
+  PTX90(emu::setmaxnreg(Registers, true), "setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(Registers));
 #endif
 }
 
@@ -148,38 +127,38 @@ PTX_FN void setmaxnreg_inc(PTX_ONLY_AT) {
 /// The larger; NaN if either is NaN (fmaxf loses it).
 PTX_FN float max_nan(float a, float b) {
   float d;
-  PTX(d = a != a ? a : (b != b || b > a ? b : a), "max.NaN.f32 %0, %1, %2;" : "=f"(d) : "f"(a),
-      "f"(b));
+  PTX_MATH(d = a != a ? a : (b != b || b > a ? b : a), "max.NaN.f32 %0, %1, %2;" : "=f"(d) : "f"(a),
+           "f"(b));
   return d;
 }
 
 /// 2^x, log2(x), 1/x: about 22 bits, subnormals flushed to zero.
 PTX_FN float ex2(float x) {
   float d;
-  PTX(d = emu::flush(__builtin_exp2f(emu::flush(x))),
-      "ex2.approx.ftz.f32 %0, %1;" : "=f"(d) : "f"(x));
+  PTX_MATH(d = emu::flush(__builtin_exp2f(emu::flush(x))),
+           "ex2.approx.ftz.f32 %0, %1;" : "=f"(d) : "f"(x));
   return d;
 }
 PTX_FN float lg2(float x) {
   float d;
-  PTX(d = __builtin_log2f(emu::flush(x)), "lg2.approx.ftz.f32 %0, %1;" : "=f"(d) : "f"(x));
+  PTX_MATH(d = __builtin_log2f(emu::flush(x)), "lg2.approx.ftz.f32 %0, %1;" : "=f"(d) : "f"(x));
   return d;
 }
 PTX_FN float rcp(float x) {
   float d;
-  PTX(d = emu::flush(1.0f / emu::flush(x)), "rcp.approx.ftz.f32 %0, %1;" : "=f"(d) : "f"(x));
+  PTX_MATH(d = emu::flush(1.0f / emu::flush(x)), "rcp.approx.ftz.f32 %0, %1;" : "=f"(d) : "f"(x));
   return d;
 }
 PTX_FN float tanh_approx(float x) {
   float d;
-  PTX(d = __builtin_tanhf(x), "tanh.approx.f32 %0, %1;" : "=f"(d) : "f"(x));
+  PTX_MATH(d = __builtin_tanhf(x), "tanh.approx.f32 %0, %1;" : "=f"(d) : "f"(x));
   return d;
 }
 
 /// float rounded to TF32 (nearest, ties away), as bits for mma.
 PTX_FN uint32_t to_tf32(float x) {
   uint32_t d;
-  PTX(d = emu::to_tf32(x), "cvt.rna.tf32.f32 %0, %1;" : "=r"(d) : "f"(x));
+  PTX_MATH(d = emu::to_tf32(x), "cvt.rna.tf32.f32 %0, %1;" : "=r"(d) : "f"(x));
   return d;
 }
 
@@ -194,7 +173,8 @@ PTX_FN T ld_shared(uint32_t addr PTX_AT) {
     T value;
   };
 #ifdef PYOPS_EMULATE
-  emu::ld_shared(words, sizeof(T), addr, PTX_HERE);
+  PTX_HERE;
+  emu::move_shared(words, sizeof(T), addr, false, false);
 #else
   if constexpr (sizeof(T) == 4)
     asm volatile("ld.shared.b32 %0, [%1];" : "=r"(words[0]) : "r"(addr));
@@ -217,7 +197,8 @@ PTX_FN void st_shared(uint32_t addr, T const& stored PTX_AT) {
   };
   value = stored;
 #ifdef PYOPS_EMULATE
-  emu::st_shared(addr, words, sizeof(T), PTX_HERE);
+  PTX_HERE;
+  emu::move_shared(words, sizeof(T), addr, true, false);
 #else
   if constexpr (sizeof(T) == 4)
     asm volatile("st.shared.b32 [%0], %1;" ::"r"(addr), "r"(words[0]) : "memory");
@@ -239,7 +220,8 @@ template <bool Trans = false, int N>
 PTX_FN void ldmatrix(uint32_t (&d)[N], uint32_t addr PTX_AT) {
   static_assert(N == 1 || N == 2 || N == 4);
 #ifdef PYOPS_EMULATE
-  emu::ldmatrix(d, N, Trans, addr, PTX_HERE);
+  PTX_HERE;
+  emu::move_matrices(d, N, Trans, addr, false);
 #else
 #define PTX_LDMATRIX(COUNT, REGS, ADDR, ...)                                                     \
   if constexpr (Trans)                                                                           \
@@ -267,7 +249,8 @@ template <bool Trans = false, int N>
 PTX_FN void stmatrix(uint32_t addr, const uint32_t (&s)[N] PTX_AT) {
   static_assert(N == 1 || N == 2 || N == 4);
 #ifdef PYOPS_EMULATE
-  emu::stmatrix(s, N, Trans, addr, PTX_HERE);
+  PTX_HERE;
+  emu::move_matrices(const_cast<uint32_t*>(s), N, Trans, addr, true);
 #else
 #define PTX_STMATRIX(COUNT, REGS, ...)                                                             \
   if constexpr (Trans)                                                                             \
@@ -294,7 +277,8 @@ PTX_FN void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (
   constexpr bool is_bf16 = std::is_same_v<T, __nv_bfloat16>;
   static_assert(is_bf16 || std::is_same_v<T, __half>);
 #ifdef PYOPS_EMULATE
-  emu::mma_sync(d, a, b, emu::type_of<T>(), PTX_HERE);
+  PTX_HERE;
+  emu::mma_sync(d, a, b, emu::type_of<T>());
 #else
 #define PTX_MMA(TYPE)                                                                 \
   asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." TYPE "." TYPE                 \
@@ -312,7 +296,7 @@ PTX_FN void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (
 /// d[16x8] += a[16x8] b[8x8] of TF32 bits. a[i]: row g + 8(i%2), column t + 4(i/2);
 /// b[i]: row t + 4i, column g; d as above.
 PTX_FN void mma_m16n8k8_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2] PTX_AT) {
-  PTX(emu::mma_sync(d, a, b, emu::TF32, PTX_HERE),
+  PTX(emu::mma_sync(d, a, b, emu::TF32),
       "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
       "{%8, %9}, {%0, %1, %2, %3};" : "+f"(d[0]),
       "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]),
@@ -327,7 +311,8 @@ template <int Bytes>
 PTX_FN void cp_async(uint32_t dst, const void* src, uint32_t valid PTX_AT) {
   static_assert(Bytes == 4 || Bytes == 8 || Bytes == 16);
 #ifdef PYOPS_EMULATE
-  emu::cp_async(dst, src, Bytes, valid, PTX_HERE);
+  PTX_HERE;
+  emu::cp_async(dst, src, Bytes, valid);
 #else
   if constexpr (Bytes == 16)  // .cg: past L1
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(dst),
@@ -342,26 +327,22 @@ PTX_FN void cp_async(uint32_t dst, const void* src, uint32_t valid PTX_AT) {
 
 template <int Bytes>
 PTX_FN void cp_async(uint32_t dst, const void* src PTX_AT) {
-#ifdef PYOPS_EMULATE
-  cp_async<Bytes>(dst, src, Bytes, file, line);
-#else
-  cp_async<Bytes>(dst, src, Bytes);
-#endif
+  cp_async<Bytes>(dst, src, Bytes PTX_PASS);
 }
 
 PTX_FN void cp_async_commit(PTX_ONLY_AT) {
-  PTX(emu::cp_async_commit(PTX_HERE), "cp.async.commit_group;" :: : "memory");
+  PTX(emu::copies_commit(false), "cp.async.commit_group;" :: : "memory");
 }
 
 /// Waits until at most Pending of this thread's newest groups are in flight.
 template <int Pending>
 PTX_FN void cp_async_wait(PTX_ONLY_AT) {
-  PTX(emu::cp_async_wait(Pending, PTX_HERE), "cp.async.wait_group %0;" ::"n"(Pending) : "memory");
+  PTX(emu::copies_wait(false, Pending, false), "cp.async.wait_group %0;" ::"n"(Pending) : "memory");
 }
 
 /// An arrival at the mbarrier once this thread's cp.asyncs so far are done; counted by its init.
 PTX_FN void cp_async_mbar_arrive(uint32_t bar PTX_AT) {
-  PTX(emu::cp_async_mbar_arrive(bar, PTX_HERE),
+  PTX(emu::cp_async_mbar_arrive(bar),
       "cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(bar) : "memory");
 }
 
@@ -370,42 +351,31 @@ PTX_FN void cp_async_mbar_arrive(uint32_t bar PTX_AT) {
 /// A barrier of `count` arrivals a phase, 8 bytes in shared memory; needs fence_mbarrier_init and
 /// a barrier of the threads before others use it.
 PTX_FN void mbar_init(uint32_t bar, uint32_t count PTX_AT) {
-  PTX90(emu::mbar_init(bar, count, PTX_HERE), "mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(bar),
+  PTX90(emu::mbar_init(bar, count), "mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(bar),
         "r"(count) : "memory");
 }
 
-PTX_FN void mbar_inval(uint32_t bar PTX_AT) {
-  PTX90(emu::mbar_inval(bar, PTX_HERE),
-        "mbarrier.inval.shared::cta.b64 [%0];" ::"r"(bar) : "memory");
-}
-
 PTX_FN void mbar_arrive(uint32_t bar PTX_AT) {
-  PTX90(emu::mbar_arrive(bar, 0, false, PTX_HERE),
+  PTX90(emu::mbar_arrive(bar, 0, false),
         "mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(bar) : "memory");
 }
 
 /// Arrives, and makes the phase wait for `bytes` more of asynchronous copies.
 PTX_FN void mbar_arrive_expect_tx(uint32_t bar, uint32_t bytes PTX_AT) {
-  PTX90(emu::mbar_arrive(bar, bytes, false, PTX_HERE),
+  PTX90(emu::mbar_arrive(bar, bytes, false),
         "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(bar), "r"(bytes) : "memory");
-}
-
-PTX_FN void mbar_expect_tx(uint32_t bar, uint32_t bytes PTX_AT) {
-  PTX90(emu::mbar_expect_tx(bar, bytes, PTX_HERE),
-        "mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%0], %1;" ::"r"(bar),
-        "r"(bytes) : "memory");
 }
 
 /// Arrives at a barrier of any block of the cluster; `bar` from map_cluster.
 PTX_FN void mbar_arrive_cluster(uint32_t bar PTX_AT) {
-  PTX90(emu::mbar_arrive(bar, 0, true, PTX_HERE),
+  PTX90(emu::mbar_arrive(bar, 0, true),
         "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(bar) : "memory");
 }
 
 /// Whether the phase of that parity (0, 1, 0, ...) is over; waits a short while for it.
 PTX_FN bool mbar_try_wait(uint32_t bar, uint32_t phase PTX_AT) {
   uint32_t done = 0;
-  PTX90(done = emu::mbar_try_wait(bar, phase, PTX_HERE),
+  PTX90(done = emu::mbar_wait(bar, phase, true),
         "{\n.reg .pred p;\nmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n"
         "selp.u32 %0, 1, 0, p;\n}" : "=r"(done) : "r"(bar),
         "r"(phase) : "memory");
@@ -415,7 +385,8 @@ PTX_FN bool mbar_try_wait(uint32_t bar, uint32_t phase PTX_AT) {
 /// Waits until the phase of that parity is over. A fresh barrier counts as past parity 1.
 PTX_FN void mbar_wait(uint32_t bar, uint32_t phase PTX_AT) {
 #ifdef PYOPS_EMULATE
-  emu::mbar_wait(bar, phase, PTX_HERE);
+  PTX_HERE;
+  emu::mbar_wait(bar, phase, false);
 #else
   while (!mbar_try_wait(bar, phase)) {
   }
@@ -425,7 +396,8 @@ PTX_FN void mbar_wait(uint32_t bar, uint32_t phase PTX_AT) {
 /// mbar_wait that also acquires what other blocks of the cluster did before arriving.
 PTX_FN void mbar_wait_cluster(uint32_t bar, uint32_t phase PTX_AT) {
 #ifdef PYOPS_EMULATE
-  emu::mbar_wait(bar, phase, PTX_HERE);
+  PTX_HERE;
+  emu::mbar_wait(bar, phase, false);
 #else
   uint32_t done = 0;
   while (!done)
@@ -440,18 +412,18 @@ PTX_FN void mbar_wait_cluster(uint32_t bar, uint32_t phase PTX_AT) {
 
 /// Makes mbar_init visible to the cluster and to the asynchronous units.
 PTX_FN void fence_mbarrier_init(PTX_ONLY_AT) {
-  PTX90(emu::fence_mbarrier_init(PTX_HERE), "fence.mbarrier_init.release.cluster;" :: : "memory");
+  PTX90(emu::fence(false), "fence.mbarrier_init.release.cluster;" :: : "memory");
 }
 
 /// Orders this thread's accesses with those of TMA and wgmma to the same memory: after writing
 /// shared memory, before the barrier that precedes the asynchronous use.
 PTX_FN void fence_proxy_async(PTX_ONLY_AT) {
-  PTX90(emu::fence_proxy_async(PTX_HERE), "fence.proxy.async;" :: : "memory");
+  PTX90(emu::fence(true), "fence.proxy.async;" :: : "memory");
 }
 
 /// The same for shared memory only (cheaper).
 PTX_FN void fence_proxy_async_shared(PTX_ONLY_AT) {
-  PTX90(emu::fence_proxy_async(PTX_HERE), "fence.proxy.async.shared::cta;" :: : "memory");
+  PTX90(emu::fence(true), "fence.proxy.async.shared::cta;" :: : "memory");
 }
 
 }  // namespace pyops::ptx

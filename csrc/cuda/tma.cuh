@@ -35,7 +35,8 @@ template <int Rank>
 PTX_FN void tma_load(uint32_t smem, const CUtensorMap* map, uint32_t bar,
                      const int (&at)[Rank] PTX_AT) {
 #ifdef PYOPS_EMULATE
-  emu::tma_load(smem, map, bar, at, Rank, 0, PTX_HERE);
+  PTX_HERE;
+  emu::tma_load(smem, map, bar, at, Rank, 0);
 #else
   [[maybe_unused]] constexpr uint64_t policy = 0;
   [[maybe_unused]] constexpr uint16_t mask = 0;
@@ -50,7 +51,8 @@ PTX_FN void tma_load_hint(uint32_t smem, const CUtensorMap* map, uint32_t bar,
                           const int (&at)[Rank], uint64_t policy PTX_AT) {
 #ifdef PYOPS_EMULATE
   (void)policy;
-  emu::tma_load(smem, map, bar, at, Rank, 0, PTX_HERE);
+  PTX_HERE;
+  emu::tma_load(smem, map, bar, at, Rank, 0);
 #else
   [[maybe_unused]] constexpr uint16_t mask = 0;
   PTX_TMA("cp.async.bulk.tensor",
@@ -65,7 +67,8 @@ template <int Rank>
 PTX_FN void tma_load_multicast(uint32_t smem, const CUtensorMap* map, uint32_t bar,
                                const int (&at)[Rank], uint16_t mask PTX_AT) {
 #ifdef PYOPS_EMULATE
-  emu::tma_load(smem, map, bar, at, Rank, mask, PTX_HERE);
+  PTX_HERE;
+  emu::tma_load(smem, map, bar, at, Rank, mask);
 #else
   [[maybe_unused]] constexpr uint64_t policy = 0;
   PTX_TMA("cp.async.bulk.tensor",
@@ -79,7 +82,8 @@ PTX_FN void tma_load_multicast(uint32_t smem, const CUtensorMap* map, uint32_t b
 template <int Rank>
 PTX_FN void tma_store(const CUtensorMap* map, uint32_t smem, const int (&at)[Rank] PTX_AT) {
 #ifdef PYOPS_EMULATE
-  emu::tma_store(map, smem, at, Rank, false, PTX_HERE);
+  PTX_HERE;
+  emu::tma_store(map, smem, at, Rank, false);
 #else
   [[maybe_unused]] constexpr uint64_t policy = 0;
   [[maybe_unused]] constexpr uint16_t mask = 0;
@@ -92,7 +96,8 @@ PTX_FN void tma_store(const CUtensorMap* map, uint32_t smem, const int (&at)[Ran
 template <int Rank>
 PTX_FN void tma_reduce_add(const CUtensorMap* map, uint32_t smem, const int (&at)[Rank] PTX_AT) {
 #ifdef PYOPS_EMULATE
-  emu::tma_store(map, smem, at, Rank, true, PTX_HERE);
+  PTX_HERE;
+  emu::tma_store(map, smem, at, Rank, true);
 #else
   [[maybe_unused]] constexpr uint64_t policy = 0;
   [[maybe_unused]] constexpr uint16_t mask = 0;
@@ -104,13 +109,13 @@ PTX_FN void tma_reduce_add(const CUtensorMap* map, uint32_t smem, const int (&at
 #undef PTX_TMA
 #undef PTX_TMA_RANK
 
-PTX_FN void prefetch_tensor_map(const CUtensorMap* map) {
+PTX_FN void prefetch_tensor_map(const CUtensorMap* map PTX_AT) {
   PTX90((void)map, "prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
 
 /// Copies `bytes` (a multiple of 16, both addresses too) global to shared, counted at `bar`.
 PTX_FN void bulk_load(uint32_t smem, const void* src, uint32_t bytes, uint32_t bar PTX_AT) {
-  PTX90(emu::bulk_load(smem, src, bytes, bar, PTX_HERE),
+  PTX90(emu::bulk_load(smem, src, bytes, bar),
         "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, "
         "[%3];" ::"r"(smem),
         "l"(__cvta_generic_to_global(src)), "r"(bytes), "r"(bar) : "memory");
@@ -118,14 +123,14 @@ PTX_FN void bulk_load(uint32_t smem, const void* src, uint32_t bytes, uint32_t b
 
 /// Copies shared memory to a block of the cluster; `dst` and `bar` there, from map_cluster.
 PTX_FN void bulk_copy_cluster(uint32_t dst, uint32_t src, uint32_t bytes, uint32_t bar PTX_AT) {
-  PTX90(emu::bulk_copy_cluster(dst, src, bytes, bar, PTX_HERE),
+  PTX90(emu::bulk_load(dst, emu::resolve(src, bytes, 16), bytes, bar),
         "cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes [%0], [%1], %2, "
         "[%3];" ::"r"(dst),
         "r"(src), "r"(bytes), "r"(bar) : "memory");
 }
 
 PTX_FN void bulk_store(void* dst, uint32_t smem, uint32_t bytes PTX_AT) {
-  PTX90(emu::bulk_store(dst, smem, bytes, false, PTX_HERE),
+  PTX90(emu::bulk_store(dst, smem, bytes, false),
         "cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(
             __cvta_generic_to_global(dst)),
         "r"(smem), "r"(bytes) : "memory");
@@ -133,39 +138,39 @@ PTX_FN void bulk_store(void* dst, uint32_t smem, uint32_t bytes PTX_AT) {
 
 /// dst[i] += smem[i], float32.
 PTX_FN void bulk_reduce_add(float* dst, uint32_t smem, uint32_t bytes PTX_AT) {
-  PTX90(emu::bulk_store(dst, smem, bytes, true, PTX_HERE),
+  PTX90(emu::bulk_store(dst, smem, bytes, true),
         "cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;" ::"l"(
             __cvta_generic_to_global(dst)),
         "r"(smem), "r"(bytes) : "memory");
 }
 
 PTX_FN void bulk_commit(PTX_ONLY_AT) {
-  PTX90(emu::bulk_commit(PTX_HERE), "cp.async.bulk.commit_group;" :: : "memory");
+  PTX90(emu::copies_commit(true), "cp.async.bulk.commit_group;" :: : "memory");
 }
 
 /// Waits until at most Pending of this thread's newest bulk groups are unfinished.
 template <int Pending>
 PTX_FN void bulk_wait(PTX_ONLY_AT) {
-  PTX90(emu::bulk_wait(Pending, false, PTX_HERE),
+  PTX90(emu::copies_wait(true, Pending, false),
         "cp.async.bulk.wait_group %0;" ::"n"(Pending) : "memory");
 }
 
 /// ... have not yet read their shared memory.
 template <int Pending>
 PTX_FN void bulk_wait_read(PTX_ONLY_AT) {
-  PTX90(emu::bulk_wait(Pending, true, PTX_HERE),
+  PTX90(emu::copies_wait(true, Pending, true),
         "cp.async.bulk.wait_group.read %0;" ::"n"(Pending) : "memory");
 }
 
 // ---- clusters -------------------------------------------------------------------------------
 
-PTX_FN uint32_t cluster_rank() {
+PTX_FN uint32_t cluster_rank(PTX_ONLY_AT) {
   uint32_t rank = 0;
   PTX90(rank = emu::cluster_rank(), "mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
   return rank;
 }
 
-PTX_FN uint32_t cluster_size() {
+PTX_FN uint32_t cluster_size(PTX_ONLY_AT) {
   uint32_t size = 1;
   PTX90(size = emu::cluster_size(), "mov.u32 %0, %%cluster_nctarank;" : "=r"(size));
   return size;
@@ -173,25 +178,20 @@ PTX_FN uint32_t cluster_size() {
 
 /// The two halves of the barrier of all threads of the cluster (release, acquire).
 PTX_FN void cluster_arrive(PTX_ONLY_AT) {
-  PTX90(emu::cluster_arrive(PTX_HERE), "barrier.cluster.arrive.release.aligned;" :: : "memory");
+  PTX90(emu::cluster_arrive(), "barrier.cluster.arrive.release.aligned;" :: : "memory");
 }
 PTX_FN void cluster_wait(PTX_ONLY_AT) {
-  PTX90(emu::cluster_wait(PTX_HERE), "barrier.cluster.wait.acquire.aligned;" :: : "memory");
+  PTX90(emu::cluster_wait(), "barrier.cluster.wait.acquire.aligned;" :: : "memory");
 }
 PTX_FN void cluster_sync(PTX_ONLY_AT) {
-#ifdef PYOPS_EMULATE
-  cluster_arrive(file, line);
-  cluster_wait(file, line);
-#else
-  cluster_arrive();
-  cluster_wait();
-#endif
+  cluster_arrive(PTX_ONLY_PASS);
+  cluster_wait(PTX_ONLY_PASS);
 }
 
 /// The address that `addr` of this block has in block `rank` of the cluster.
 PTX_FN uint32_t map_cluster(uint32_t addr, uint32_t rank PTX_AT) {
   uint32_t mapped = 0;
-  PTX90(mapped = emu::map_cluster(addr, rank, PTX_HERE),
+  PTX90(mapped = emu::map_cluster(addr, rank),
         "mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(mapped) : "r"(addr), "r"(rank));
   return mapped;
 }
@@ -204,7 +204,7 @@ PTX_FN T ld_cluster(uint32_t addr PTX_AT) {
     uint32_t word;
     T value;
   };
-  PTX90(emu::ld_cluster(&word, 4, addr, PTX_HERE),
+  PTX90(emu::move_shared(&word, 4, addr, false, true),
         "ld.shared::cluster.b32 %0, [%1];" : "=r"(word) : "r"(addr) : "memory");
   return value;
 }
@@ -217,8 +217,8 @@ PTX_FN void st_cluster(uint32_t addr, T stored PTX_AT) {
     uint32_t word;
   };
   value = stored;
-  PTX90(emu::st_cluster(addr, &word, 4, PTX_HERE), "st.shared::cluster.b32 [%0], %1;" ::"r"(addr),
-        "r"(word) : "memory");
+  PTX90(emu::move_shared(&word, 4, addr, true, true),
+        "st.shared::cluster.b32 [%0], %1;" ::"r"(addr), "r"(word) : "memory");
 }
 
 /// st_cluster in the background, its 4 bytes counted at `bar` (of the same block as addr).
@@ -231,7 +231,7 @@ PTX_FN void st_async(uint32_t addr, T stored, uint32_t bar PTX_AT) {
   };
   value = stored;
   PTX90(
-      emu::st_async(addr, &word, 4, bar, PTX_HERE),
+      emu::st_async(addr, word, bar),
       "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.b32 [%0], %1, [%2];" ::"r"(addr),
       "r"(word), "r"(bar) : "memory");
 }

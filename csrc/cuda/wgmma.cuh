@@ -38,19 +38,18 @@ PTX_FN uint64_t smem_descriptor(uint32_t addr, uint32_t leading_bytes, uint32_t 
 /// Orders the registers that wgmma reads and writes with other uses of them: before the first
 /// wgmma (after mbar_wait), and whenever accumulators or A's registers were touched in between.
 PTX_FN void wgmma_fence(PTX_ONLY_AT) {
-  PTX90A(emu::wgmma_fence(PTX_HERE), "wgmma.fence.sync.aligned;" :: : "memory");
+  PTX90A(emu::wgmma_fence(), "wgmma.fence.sync.aligned;" :: : "memory");
 }
 
 PTX_FN void wgmma_commit(PTX_ONLY_AT) {
-  PTX90A(emu::wgmma_commit(PTX_HERE), "wgmma.commit_group.sync.aligned;" :: : "memory");
+  PTX90A(emu::wgmma_commit(), "wgmma.commit_group.sync.aligned;" :: : "memory");
 }
 
 /// Waits until at most Pending groups of this warp are in flight; before that their accumulators
 /// and A registers must not be touched, nor their shared memory overwritten.
 template <int Pending>
 PTX_FN void wgmma_wait(PTX_ONLY_AT) {
-  PTX90A(emu::wgmma_wait(Pending, PTX_HERE),
-         "wgmma.wait_group.sync.aligned %0;" ::"n"(Pending) : "memory");
+  PTX90A(emu::wgmma_wait(Pending), "wgmma.wait_group.sync.aligned %0;" ::"n"(Pending) : "memory");
 }
 
 #ifndef PYOPS_EMULATE
@@ -162,7 +161,8 @@ template <class T, int N, Major A = KMajor, Major B = KMajor>
 PTX_FN void wgmma(float (&d)[N / 2], uint64_t a, uint64_t b, bool accumulate PTX_AT) {
   static_assert(!std::is_same_v<T, tf32> || (A == KMajor && B == KMajor));
 #ifdef PYOPS_EMULATE
-  emu::wgmma(d, N, emu::type_of<T>(), nullptr, a, b, A, B, accumulate, PTX_HERE);
+  PTX_HERE;
+  emu::wgmma(d, N, emu::type_of<T>(), nullptr, a, b, A, B, accumulate);
 #else
   Wgmma<N>::template run<T, A, B>(d, a, b, accumulate);
 #endif
@@ -173,7 +173,8 @@ template <class T, int N, Major B = KMajor>
 PTX_FN void wgmma(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b, bool accumulate PTX_AT) {
   static_assert(!std::is_same_v<T, tf32> || B == KMajor);
 #ifdef PYOPS_EMULATE
-  emu::wgmma(d, N, emu::type_of<T>(), a, 0, b, KMajor, B, accumulate, PTX_HERE);
+  PTX_HERE;
+  emu::wgmma(d, N, emu::type_of<T>(), a, 0, b, KMajor, B, accumulate);
 #else
   Wgmma<N>::template run<T, B>(d, a, b, accumulate);
 #endif

@@ -7,14 +7,14 @@ AddressSanitizer (only in a process that preloads it).
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import fcntl
-import functools
 import hashlib
 import os
 import shutil
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -22,10 +22,10 @@ import torch
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 OUT = ROOT / "build" / "emulator"
-PARTS = ("scheduler.cpp", "memory.cpp", "race.cpp", "agents.cpp", "tma.cpp", "matrix.cpp")
-COMMON = ["-std=c++17", "-g1", "-fPIC", "-Wno-unknown-pragmas", "-Wno-psabi", "-Wno-attributes"]
-KERNEL = ["-x", "c++", "-O1", "-DPYOPS_EMULATE", "-ftrivial-auto-var-init=pattern"]
-EMULATOR = ["-O2", "-DPYOPS_EMULATE"]
+PARTS = ("scheduler.cpp", "memory.cpp", "race.cpp", "copies.cpp", "matrix.cpp")
+COMMON = ["-g1", "-fPIC", "-Wno-unknown-pragmas", "-Wno-psabi", "-Wno-attributes"]
+KERNEL = ["-std=c++17", "-x", "c++", "-O1", "-DPYOPS_EMULATE", "-ftrivial-auto-var-init=pattern"]
+EMULATOR = ["-std=c++20", "-O2", "-Wall", "-Wextra", "-DPYOPS_EMULATE"]
 VARIANTS = {
     "plain": [],
     "race": ["-fsanitize=thread"],  # whose hooks are the emulator's
@@ -63,54 +63,65 @@ def _folder(source: Path) -> Path:
     return OUT if source.is_relative_to(ROOT) else source.parent
 
 
-def _make(target: Path, command: list[str]) -> None:
-    """Runs a compiler unless its output is there; processes that want the same one wait."""
+def _run(command: list[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")
+
+
+@contextlib.contextmanager
+def _alone(target: Path) -> Iterator[None]:
+    """Processes that want to make the same file do it one after the other."""
     target.parent.mkdir(parents=True, exist_ok=True)
     with target.with_suffix(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if target.is_file():
-            return
-        part = target.with_suffix(".part")
-        done = subprocess.run([*command, "-o", str(part)], capture_output=True, text=True)
-        if done.returncode != 0:
-            raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")
-        part.rename(target)
+        yield
 
 
-def _compile(source: Path, flags: Sequence[str], include: Sequence[Path], text: str) -> Path:
-    """Object file of a source; its key is everything that went in."""
-    key = hashlib.sha256("\0".join([*flags, *map(str, include), str(source), text]).encode())
-    folder = _folder(source)
-    target = folder / f"{source.stem}-{key.hexdigest()[:20]}.o"
+def _key(*parts: object) -> str:
+    return hashlib.sha256("\0".join(map(str, parts)).encode()).hexdigest()[:20]
+
+
+def _compile(source: Path, flags: Sequence[str], include: Sequence[Path]) -> Path:
+    """Object file of a source, made again when the command or a file that went in has changed.
+
+    Which files those are is known from the last time (CUDA's headers are not among them).
+    """
     searched = [flag for place in include for flag in ("-I", str(place))]
-    searched += ["-isystem", str(cuda_include())]
-    _make(target, ["g++", *COMMON, *flags, *searched, "-c", str(source)])
-    return target
+    command = ["g++", *COMMON, *flags, *searched, "-isystem", str(cuda_include())]
+    command += ["-c", str(source)]
+    listed = _folder(source) / f"{source.stem}-{_key(*command)}.d"
 
+    def made() -> Path:
+        names = listed.read_text().replace("\\\n", " ").split()[1:] if listed.is_file() else []
+        files = [Path(name) for name in names]
+        texts = [file.read_text() if file.is_file() else "gone" for file in files]
+        return listed.with_name(f"{listed.stem}-{_key(*texts)}.o")
 
-@functools.cache
-def _text(folder: Path, pattern: str) -> str:
-    return "\0".join(path.read_text() for path in sorted(folder.glob(pattern)))
+    if not made().is_file():
+        with _alone(listed):
+            if not made().is_file():
+                part, dependencies = listed.with_suffix(".part"), listed.with_suffix(".d.part")
+                _run([*command, "-MMD", "-MF", str(dependencies), "-o", str(part)])
+                dependencies.rename(listed)
+                part.rename(made())
+    return made()
 
 
 def build(sources: Sequence[Path], variant: str = "plain", defines: Sequence[str] = ()) -> Path:
     """Shared library of kernel sources in a variant, built if it is not there yet."""
     flags = [*KERNEL, *VARIANTS[variant], *(f"-D{name}" for name in defines)]
-    emulator = _text(HERE, "*.h")
-    objects = [
-        _compile(HERE / part, EMULATOR, [HERE], emulator + (HERE / part).read_text())
-        for part in PARTS
-    ]
-    # A source may include any header and .cu file of the kernels: all of them belong to the key.
+    objects = [_compile(HERE / part, EMULATOR, [HERE]) for part in PARTS]
     cuda = ROOT / "csrc" / "cuda"
-    kernels = emulator + _text(cuda, "*.h") + _text(cuda, "*.cu*") + _text(cuda.parent, "*.h")
     for source in sources:
-        include = [source.parent, HERE, cuda, cuda.parent]
-        objects.append(_compile(source, flags, include, kernels + source.read_text()))
-    key = hashlib.sha256("\0".join(map(str, objects)).encode()).hexdigest()[:20]
-    target = _folder(sources[0]) / f"{sources[0].stem}-{variant}-{key}.so"
-    link = ["-fsanitize=address"] if variant == "asan" else []
-    _make(target, ["g++", "-shared", *link, *map(str, objects), "-ldl", "-lpthread"])
+        objects.append(_compile(source, flags, [source.parent, HERE, cuda, cuda.parent]))
+    target = _folder(sources[0]) / f"{sources[0].stem}-{variant}-{_key(*objects)}.so"
+    with _alone(target):
+        if not target.is_file():
+            link = ["-fsanitize=address"] if variant == "asan" else []
+            part = target.with_suffix(".part")
+            _run(["g++", "-shared", *link, *map(str, objects), "-ldl", "-o", str(part)])
+            part.rename(target)
     return target
 
 

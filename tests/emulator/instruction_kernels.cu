@@ -158,18 +158,13 @@ __global__ void wgmma_kernel(const unsigned char* image, int bytes, uint64_t a, 
   for (int i = 0; i < N / 2; ++i) d_io[threadIdx.x * (N / 2) + i] = d[i];
 }
 
-/// Each lane's: its neighbour's number by shfl_xor, lane 5's, the ballot of odd lanes, whether it
-/// was elected, warp_id.
+/// Each lane's: its neighbour's number by shfl_xor, lane 5's, whether it was elected, warp_id.
 __global__ void warp_kernel(int* out) {
-  const int lane = lane_id();
-  int* own = out + threadIdx.x * 7;
+  int* own = out + threadIdx.x * 4;
   own[0] = shfl_xor(static_cast<int>(threadIdx.x), 1);
   own[1] = shfl(static_cast<int>(threadIdx.x), 5);
-  own[2] = static_cast<int>(__ballot_sync(~0u, lane % 2));
-  own[3] = elect_one();
-  own[4] = warp_id();
-  own[5] = __shfl_down_sync(~0u, lane, 3);
-  own[6] = __shfl_up_sync(~0u, lane, 2, 16);
+  own[2] = elect_one();
+  own[3] = warp_id();
 }
 
 /// Warps 1... hand a number down from the last to the first, each by a barrier of its own with the
@@ -183,7 +178,7 @@ __global__ void barriers_kernel(int* out) {
     named_barrier_arrive<1, 64>();
   } else if (warp == 1) {
     named_barrier_sync<1, 64>();
-    if (lane_id() == 0) *number *= 3 + static_cast<int>(cluster_rank());
+    if (lane_id() == 0) *number *= static_cast<int>(1 + cluster_size() + cluster_rank());
     named_barrier_sync<2, 64>();
   } else {
     named_barrier_sync<2, 64>();
@@ -253,12 +248,14 @@ __global__ void flights_kernel(int bug, float* out) {
 __global__ void arithmetic_kernel(const float* in, float* out, int count) {
   for (int i = threadIdx.x; i < count; i += blockDim.x) {
     const float x = in[i];
-    out[6 * i] = max_nan(x, 1.0f);
-    out[6 * i + 1] = max_nan(1.0f, x);
-    out[6 * i + 2] = ex2(x);
-    out[6 * i + 3] = lg2(x);
-    out[6 * i + 4] = rcp(x);
-    out[6 * i + 5] = __uint_as_float(to_tf32(x));
+    float* const own = out + 7 * i;
+    own[0] = max_nan(x, 1.0f);
+    own[1] = max_nan(1.0f, x);
+    own[2] = ex2(x);
+    own[3] = lg2(x);
+    own[4] = rcp(x);
+    own[5] = tanh_approx(x);
+    own[6] = __uint_as_float(to_tf32(x));
   }
 }
 

@@ -1,17 +1,17 @@
-/// Fibers and what they wait for: launches, warps, barriers of blocks and clusters, deadlocks.
+/// Fibers and what they wait for: warps, barriers of blocks and clusters, launches, deadlocks.
 #include <dlfcn.h>
+#include <ucontext.h>
 
-#include <cstdarg>
-#include <cstdio>
+#include <iomanip>
 #include <numeric>
 
 #include "state.h"
 
-// AddressSanitizer's, where it is loaded: it must know of every change of stacks.
+// AddressSanitizer's, where it is loaded: it must know of every change of stacks. Without fake
+// stacks (detect_stack_use_after_return) there is nothing to save.
 extern "C" {
-__attribute__((weak)) void __sanitizer_start_switch_fiber(void** save, const void* bottom,
-                                                          size_t size);
-__attribute__((weak)) void __sanitizer_finish_switch_fiber(void* saved, const void**, size_t*);
+__attribute__((weak)) void __sanitizer_start_switch_fiber(void**, const void* stack, size_t);
+__attribute__((weak)) void __sanitizer_finish_switch_fiber(void*, const void**, size_t*);
 }
 
 uint3 threadIdx, blockIdx;
@@ -21,478 +21,375 @@ namespace emu {
 
 Machine machine;
 
-std::string text(const char* format, ...) {
-  char buffer[512];
-  va_list args;
-  va_start(args, format);
-  vsnprintf(buffer, sizeof buffer, format, args);
-  va_end(args);
-  return buffer;
-}
+void at(const char* file, int line) { machine.site = {file, line}; }
+int lane_id() { return self().lane; }
+uint32_t cluster_rank() { return self().block->rank; }
+uint32_t cluster_size() { return self().block->cluster->blocks.size(); }
+Warp& warp_of(const Fiber& fiber) { return fiber.block->warps[fiber.warp]; }
 
-std::string text(Site site) {
-  const auto last = [](const std::string& path) { return path.substr(path.rfind('/') + 1); };
-  if (site.line != 0) return last(site.file) + ":" + std::to_string(site.line);
-  Dl_info info{};  // `file` is an address in the code
-  if (dladdr(site.file, &info) == 0) return "?";
-  const auto offset = static_cast<size_t>(site.file - static_cast<const char*>(info.dli_fbase));
+std::string hex(uint64_t number) { return text("0x", std::hex, number); }
+
+std::ostream& operator<<(std::ostream& out, Site site) {
+  const auto name = [](const std::string& path) { return path.substr(path.rfind('/') + 1); };
+  if (site.line != 0) return out << name(site.file) << ":" << site.line;
+  Dl_info info{};
+  if (dladdr(site.file, &info) == 0) return out << "?";
+  const size_t offset = site.file - static_cast<const char*>(info.dli_fbase) - 1;
   char line[512] = "?";
-  if (FILE* pipe = popen(text("addr2line -e '%s' %#zx", info.dli_fname, offset - 1).c_str(), "r")) {
+  if (FILE* pipe = popen(text("addr2line -e '", info.dli_fname, "' ", hex(offset)).c_str(), "r")) {
     if (fgets(line, sizeof line, pipe) == nullptr) line[0] = '?';
     pclose(pipe);
   }
   line[strcspn(line, " \n")] = 0;
-  return last(line);
+  return out << name(line);
 }
 
-std::string where(const Fiber& fiber) {
-  return text("block (%u, %u, %u) thread %d (warp %d lane %d)", fiber.block->idx.x,
-              fiber.block->idx.y, fiber.block->idx.z, fiber.index, fiber.warp, fiber.lane);
+std::ostream& operator<<(std::ostream& out, const Block& block) {
+  return out << "block (" << block.idx.x << ", " << block.idx.y << ", " << block.idx.z << ")";
 }
 
-// ---- switching ----
-
-static void start_switch(void** save, const void* bottom) {
-  if (__sanitizer_start_switch_fiber != nullptr)
-    __sanitizer_start_switch_fiber(save, bottom, kStack);
+std::ostream& operator<<(std::ostream& out, const Fiber& fiber) {
+  return out << *fiber.block << " thread " << fiber.index << " (warp " << fiber.warp << " lane "
+             << fiber.lane << ")";
 }
 
-static void finish_switch(void* saved) {
+static void fiber_main();
+
+static void finish_switch() {
   if (__sanitizer_finish_switch_fiber != nullptr)
-    __sanitizer_finish_switch_fiber(saved, nullptr, nullptr);
+    __sanitizer_finish_switch_fiber(nullptr, nullptr, nullptr);
 }
 
-static void enter(Fiber* fiber) {
-  machine.current = fiber;
-  threadIdx = fiber->thread_idx;
-  blockIdx = fiber->block->idx;
+/// Continues `to`; returns when something continues the caller. (swapcontext would make a system
+/// call each time.)
+static void switch_to(Fiber& to) {
+  Fiber& from = machine.current != nullptr ? *machine.current : machine.host;
+  const bool to_host = &to == &machine.host;
+  from.site = machine.site;
+  machine.site = to.site;
+  machine.current = to_host ? nullptr : &to;
+  threadIdx = to.thread_idx;
+  if (!to_host) blockIdx = to.block->idx;
+  if (__sanitizer_start_switch_fiber != nullptr)
+    __sanitizer_start_switch_fiber(nullptr, to.stack, kStack);
+  if (__builtin_setjmp(from.resume) == 0) {
+    if (to.started || to_host) __builtin_longjmp(to.resume, 1);
+    to.started = true;
+    static ucontext_t fresh;
+    getcontext(&fresh);
+    fresh.uc_stack.ss_sp = to.stack;
+    fresh.uc_stack.ss_size = kStack;
+    makecontext(&fresh, fiber_main, 0);
+    setcontext(&fresh);
+  }
+  finish_switch();
 }
 
-static void to_main() {
-  start_switch(nullptr, nullptr);
-  setcontext(&machine.main);
-}
-
-[[noreturn]] void fail(const std::string& what, Site site) {
-  const std::string at = site.file != nullptr ? text(site) + ": " : "";
-  const std::string who = machine.current != nullptr ? ", " + where(self()) : "";
-  machine.report = at + what + who + text(" (seed %llu)", (unsigned long long)machine.seed);
-  if (machine.current == nullptr) throw std::runtime_error(machine.report);
+void report_failure(const std::string& what) {
+  const std::string place = machine.site.file != nullptr ? text(machine.site, ": ") : "";
+  const std::string who = machine.acting == nullptr ? text(", ", self()) : "";
+  machine.report = text(place, what, who, " (seed ", machine.seed, ")");
   machine.failed = true;
-  to_main();
+  switch_to(machine.host);
   __builtin_unreachable();
-}
-
-static void act_once() {
-  auto& agents = machine.agents;
-  size_t pick = dice(agents.size());
-  if (const uint64_t chain = agents[pick].chain; chain != 0)
-    for (size_t i = 0; i < pick; ++i)
-      if (agents[i].chain == chain && agents[i].of == agents[pick].of) pick = i;
-  const std::function<void()> act = std::move(agents[pick].act);
-  agents.erase(agents.begin() + static_cast<std::ptrdiff_t>(pick));
-  machine.idle = 0;
-  act();
-}
-
-void defer(uint64_t chain, const void* of, std::function<void()> act) {
-  machine.agents.push_back({chain, of, std::move(act)});
-  if (machine.mode == Machine::kEarly)
-    while (!machine.agents.empty()) act_once();
 }
 
 /// Everybody waits for somebody: who, where, for what.
 [[noreturn]] static void deadlock() {
-  std::map<std::string, std::vector<const Fiber*>> waiting;
-  for (const auto& block : machine.blocks)
-    for (const auto& fiber : block->fibers)
-      if (!fiber->done)
-        waiting[text("block (%u, %u, %u) warp %2d", block->idx.x, block->idx.y, block->idx.z,
-                     fiber->warp) +
-                " waits for " + text(fiber->waits_for, fiber->detail[0], fiber->detail[1]) +
-                " at " + text(fiber->site)]
-            .push_back(fiber.get());
-  std::string report = "deadlock:";
-  for (const auto& [what, fibers] : waiting) {
-    uint32_t lanes = 0;
-    for (const Fiber* fiber : fibers) lanes |= 1u << fiber->lane;
-    report += "\n  " + what + text(" (%zu lanes, mask %08x)", fibers.size(), lanes);
+  std::map<std::string, uint32_t> waiting;  // lanes
+  std::ostringstream report;
+  for (const Fiber* fiber : machine.fibers) {
+    if (fiber->done) continue;
+    char what[256];
+    snprintf(what, sizeof what, fiber->waits_for.format, fiber->waits_for.a, fiber->waits_for.b);
+    waiting[text(*fiber->block, " warp ", std::setw(2), fiber->warp, " waits for ", what, " at ",
+                 fiber->site)] |= 1u << fiber->lane;
   }
+  for (const auto& [what, lanes] : waiting)
+    report << "\n  " << what << " (" << __builtin_popcount(lanes) << " lanes, mask " << std::hex
+           << lanes << std::dec << ")";
   for (const auto& block : machine.blocks)
-    for (const auto& [offset, barrier] : block->mbarriers)
+    for (const auto& [place, barrier] : block->mbarriers)
       if (!barrier.waiting.empty())
-        report += text(
-            "\n  mbarrier %#x of block (%u, %u, %u): %u of %u arrivals and %lld bytes "
-            "missing in phase %llu",
-            offset + kSmemBase, block->idx.x, block->idx.y, block->idx.z, barrier.pending,
-            barrier.count, (long long)barrier.bytes, (unsigned long long)barrier.phase);
-  machine.current = nullptr;
-  machine.report = report + text("\n(seed %llu)", (unsigned long long)machine.seed);
-  machine.failed = true;
-  to_main();
-  __builtin_unreachable();
+        report << "\n  mbarrier " << hex(addr_of(place)) << " of " << *block << ": "
+               << barrier.arrived << " of " << barrier.expected << " arrivals, " << barrier.bytes
+               << " bytes missing in phase " << barrier.phase << "\n";
+  machine.site = {};
+  fail("deadlock:", report.str());
 }
 
-/// Runs some ready fiber; the running one continues when it is picked again.
+static void act_once() {
+  auto& chains = machine.chains;
+  std::swap(chains[dice(chains.size())], chains.back());
+  const Chain chain = chains.back();
+  const Operation now = std::move(chain->front());
+  chain->pop_front();
+  if (chain->empty()) chains.pop_back();
+  machine.idle = 0;
+  const Site site = std::exchange(machine.site, now.site);
+  const Actor* const actor = std::exchange(machine.acting, &now.actor);
+  now.act();
+  machine.acting = actor;
+  machine.site = site;
+}
+
+void defer(const Chain& chain, Actor actor, std::function<void()> act) {
+  if (chain->empty()) machine.chains.push_back(chain);
+  chain->push_back({std::move(actor), machine.site, std::move(act)});
+  while (machine.mode == Machine::kEarly && !machine.chains.empty()) act_once();
+}
+
+/// Runs some ready thread; the current one continues when it is picked again.
 static void reschedule() {
-  Fiber* from = machine.current;
-  while (machine.mode == Machine::kRandom && !machine.agents.empty() && dice(4) == 0) act_once();
-  while (machine.ready.empty()) {
-    if (!machine.agents.empty())
+  auto& ready = machine.ready;
+  while (machine.mode == Machine::kRandom && !machine.chains.empty() && dice(4) == 0) act_once();
+  while (ready.empty()) {
+    if (!machine.chains.empty())
       act_once();
     else if (machine.alive == 0)
-      to_main();
+      switch_to(machine.host);
     else
       deadlock();
   }
-  const size_t pick = dice(machine.ready.size());
-  Fiber* to = machine.ready[pick];
-  machine.ready[pick] = machine.ready.back();
-  machine.ready.pop_back();
-  if (to == from) return;
-  enter(to);
-  start_switch(from->done ? nullptr : &from->fake_stack, to->stack);
-  swapcontext(&from->context, &to->context);
-  finish_switch(from->fake_stack);
+  std::swap(ready[dice(ready.size())], ready.back());
+  Fiber* const to = ready.back();
+  ready.pop_back();
+  if (to != machine.current) switch_to(*to);
 }
 
-void block(const char* waits_for, unsigned a, unsigned b, Site site) {
-  Fiber& fiber = self();
-  fiber.blocked = true;
-  fiber.waits_for = waits_for;
-  fiber.detail[0] = a;
-  fiber.detail[1] = b;
-  fiber.site = site;
+void wait_in(std::vector<Fiber*>& waiting, Wait wait) {
+  waiting.push_back(&self());
+  self().waits_for = wait;
   reschedule();
-}
-
-void wake(Fiber* fiber) {
-  if (!fiber->blocked) return;
-  fiber->blocked = false;
-  machine.idle = 0;
-  machine.ready.push_back(fiber);
 }
 
 void wake(std::vector<Fiber*>& fibers) {
-  for (Fiber* fiber : fibers) wake(fiber);
+  machine.idle = 0;
+  machine.ready.insert(machine.ready.end(), fibers.begin(), fibers.end());
   fibers.clear();
 }
 
-void pause(Site site) {
-  if (++machine.idle > 100000 + 1000u * static_cast<unsigned>(machine.alive))
-    fail("livelock: threads spin and nothing else happens", site);
-  self().site = site;
-  if (machine.ready.empty() && !machine.agents.empty()) act_once();
+void interleave(bool always) {
+  if (!always && dice(8) != 0) return;
   machine.ready.push_back(&self());
   reschedule();
 }
 
-void interleave(Site site) {
-  if (dice(8) != 0) return;
-  self().site = site;
-  machine.ready.push_back(&self());
-  reschedule();
+void pause() {
+  if (++machine.idle > 100000 + 1000 * machine.alive)
+    fail("livelock: threads spin and nothing else happens");
+  if (machine.ready.empty() && !machine.chains.empty()) act_once();
+  interleave(true);
 }
 
-// ---- warps ----
-
-int lane_id() { return self().lane; }
-
-void collective(const char* what, uint32_t mask, void* own, void (*all)(Lanes), Site site) {
-  Fiber& fiber = self();
-  Warp& warp = my_warp();
-  const int lanes = static_cast<int>(fiber.block->fibers.size()) - 32 * fiber.warp;
-  if (lanes < 32) mask &= (1u << lanes) - 1;
-  if (!(mask >> fiber.lane & 1)) fail(text("%s: the mask misses the calling lane", what), site);
-  for (size_t i = 0; i < warp.collectives.size(); ++i) {
-    Collective& other = warp.collectives[i];
-    if ((other.mask & mask) == 0) continue;
-    if (other.mask != mask || other.all != all || other.site.line != site.line)
-      fail(text("%s: the warp's other lanes are at %s, ", what, other.what) + text(other.site) +
-               text(" (masks %08x, %08x)", mask, other.mask),
-           site);
-    other.own[fiber.lane] = own;
-    other.fibers[fiber.lane] = &fiber;
-    other.arrived |= 1u << fiber.lane;
-    if (other.arrived == mask) {
-      const Collective complete = other;
-      warp.collectives.erase(warp.collectives.begin() + static_cast<std::ptrdiff_t>(i));
-      all(complete.own);
-      for (Fiber* waiting : complete.fibers)
-        if (waiting != nullptr && waiting != &fiber) wake(waiting);
-      return;
-    }
-    return block("the other lanes of its warp at a collective (mask %08x)", mask, 0, site);
+void* const* gather(const char* what, void* own) {
+  static void* complete[32];
+  const Fiber& fiber = self();
+  Warp& warp = warp_of(fiber);
+  const size_t lanes = std::min<size_t>(32, fiber.block->fibers.size() - 32 * fiber.warp);
+  if (warp.arrived == 0) {
+    warp.what = what;
+    warp.site = machine.site;
+  } else if (std::strcmp(warp.what, what) != 0 || warp.site.line != machine.site.line) {
+    fail(what, ": the warp's other lanes are at ", warp.what, ", ", warp.site);
   }
-  Collective first{what, all, mask, 1u << fiber.lane, {}, {}, site};
-  first.own[fiber.lane] = own;
-  first.fibers[fiber.lane] = &fiber;
-  if (first.arrived == mask) return all(first.own);
-  warp.collectives.push_back(first);
-  block("the other lanes of its warp at a collective (mask %08x)", mask, 0, site);
-}
-
-void sync_warp(uint32_t mask, Site site) {
-  collective(
-      "syncwarp", mask, &self(),
-      [](Lanes lanes) {
-        if (!racing) return;
-        Clocks clocks;
-        for (void* lane : lanes)
-          if (lane != nullptr) release(clocks, *static_cast<Fiber*>(lane));
-        for (void* lane : lanes)
-          if (lane != nullptr) acquire(*static_cast<Fiber*>(lane), clocks);
-      },
-      site);
-}
-
-bool elect_one(Site site) {
-  collective("elect", ~0u, nullptr, [](Lanes) {}, site);
-  return self().lane == 0;
-}
-
-uint32_t ballot(bool predicate, uint32_t mask, Site site) {
-  uint32_t own = predicate;
-  collective(
-      "ballot", mask, &own,
-      [](Lanes lanes) {
-        uint32_t votes = 0;
-        for (int i = 0; i < 32; ++i)
-          if (lanes[i] != nullptr) votes |= *static_cast<uint32_t*>(lanes[i]) << i;
-        for (void* lane : lanes)
-          if (lane != nullptr) *static_cast<uint32_t*>(lane) = votes;
-      },
-      site);
-  return own;
-}
-
-// ---- barriers ----
-
-static void complete(Block& block, NamedBarrier& barrier, int id) {
-  int lanes[32]{};
-  for (const Fiber* fiber : barrier.arrived) ++lanes[fiber->warp];
-  for (const Fiber* fiber : barrier.arrived) {
-    const size_t first = 32u * static_cast<unsigned>(fiber->warp);
-    int alive = 0;
-    for (size_t i = first; i < std::min(first + 32, block.fibers.size()); ++i) {
-      const Fiber* lane = block.fibers[i].get();
-      // One that arrived without waiting may have ended since.
-      alive += !lane->done || std::find(barrier.arrived.begin(), barrier.arrived.end(), lane) !=
-                                  barrier.arrived.end();
-    }
-    if (lanes[fiber->warp] != alive)
-      fail(text("barrier %d: only %d of the %d lanes of warp %d arrived", id, lanes[fiber->warp],
-                alive, fiber->warp),
-           barrier.site);
+  warp.own[fiber.lane] = own;
+  warp.arrived |= 1u << fiber.lane;
+  if (warp.arrived != ~0u >> (32 - lanes)) {
+    wait_in(warp.meeting, {"the other lanes of its warp"});
+    return nullptr;
   }
-  for (Fiber* fiber : barrier.waiting) acquire(*fiber, barrier.clocks);
-  wake(barrier.waiting);
-  barrier = {};
+  warp.arrived = 0;
+  std::copy(warp.own, warp.own + 32, complete);
+  wake(warp.meeting);
+  return complete;
 }
 
-void named_barrier(int id, int threads, bool wait, Site site) {
+void sync_warp() {
+  collective("syncwarp", self(), [](auto of) {
+    Clocks clocks;
+    for (int lane = 0; lane < 32 && of(lane) != nullptr; ++lane) release(clocks, *of(lane));
+    for (int lane = 0; lane < 32 && of(lane) != nullptr; ++lane) of(lane)->clocks.join(clocks);
+  });
+}
+
+void Barrier::end_if_full() {
+  if (arrived < expected || bytes != 0) return;
+  arrived = 0;
+  ++phase;
+  complete.join(arriving);
+  for (Fiber* fiber : waiting) fiber->clocks.join(complete);
+  wake(waiting);
+}
+
+static void end_if_full(const Block& block, NamedBarrier& barrier) {
+  if (barrier.arrived < barrier.expected) return;
+  for (const auto& fiber : block.fibers) {
+    const uint32_t lanes = barrier.lanes[fiber->warp];
+    // One that arrived without waiting may have ended since.
+    if (lanes != 0 && !(lanes >> fiber->lane & 1) && !fiber->done)
+      fail("barrier ", &barrier - block.barriers, ": only some lanes of warp ", fiber->warp,
+           " arrived (mask ", hex(lanes), ")");
+  }
+  barrier.end_if_full();
+}
+
+void named_barrier(int id, unsigned threads, bool wait) {
+  interleave();
   Fiber& fiber = self();
-  interleave(site);
   NamedBarrier& barrier = fiber.block->barriers[id];
-  if (id != 0 && !barrier.arrived.empty() && barrier.threads != threads)
-    fail(text("barrier %d: %d threads here, %d at ", id, threads, barrier.threads) +
-             text(barrier.site),
-         site);
-  barrier.threads = threads;
-  barrier.site = site;
-  release(barrier.clocks, fiber);
-  barrier.arrived.push_back(&fiber);
-  if (wait) barrier.waiting.push_back(&fiber);
-  if (static_cast<int>(barrier.arrived.size()) >= threads)
-    complete(*fiber.block, barrier, id);
+  if (barrier.arrived == 0)
+    barrier.arriving = barrier.complete = {}, std::fill_n(barrier.lanes, 32, 0);
+  else if (id != 0 && barrier.expected != threads)
+    fail("barrier ", id, ": ", threads, " threads here, ", barrier.expected, " before");
+  uint32_t& lanes = barrier.lanes[fiber.warp];
+  if (lanes >> fiber.lane & 1) fail("barrier ", id, ": this thread has arrived already");
+  lanes |= 1u << fiber.lane;
+  ++barrier.arrived;
+  barrier.expected = threads;
+  release(barrier.arriving, fiber);
+  const uint64_t phase = barrier.phase;
+  end_if_full(*fiber.block, barrier);
+  if (barrier.phase != phase)
+    fiber.clocks.join(barrier.complete);
   else if (wait)
-    block("barrier %u of %u threads", static_cast<unsigned>(id), static_cast<unsigned>(threads),
-          site);
+    await(barrier.waiting, {"barrier %u of %u threads", static_cast<unsigned>(id), threads},
+          [&] { return barrier.phase != phase; });
 }
 
-void sync_threads(Site site) { named_barrier(0, self().block->alive, true, site); }
+void sync_threads() { named_barrier(0, self().block->alive, true); }
 
-void setmaxnreg(int registers, bool more, Site site) {
-  sync_warp(~0u, site);
+void setmaxnreg(int registers, bool more) {
+  sync_warp();
   Block& block = *self().block;
+  Warp& warp = warp_of(self());
   if (self().lane == 0) {
-    Warp& warp = my_warp();
-    if (more ? registers < warp.registers : registers > warp.registers)
-      fail(text("setmaxnreg.%s %d, but the warp has %d", more ? "inc" : "dec", registers,
-                warp.registers),
-           site);
-    while (block.free_registers < registers - warp.registers) {
-      block.wants_registers.push_back(&self());
-      emu::block("%u registers a thread that others give back (%u there)",
-                 static_cast<unsigned>(registers), static_cast<unsigned>(block.free_registers),
-                 site);
-    }
-    block.free_registers -= registers - warp.registers;
+    const int taken = registers - warp.registers;
+    if (more ? taken < 0 : taken > 0)
+      fail("setmaxnreg to ", registers, " registers, but the warp has ", warp.registers);
+    await(block.wants_registers, {"%u registers a thread that others give back", unsigned(taken)},
+          [&] { return block.free_registers >= taken; });
+    block.free_registers -= taken;
     warp.registers = registers;
     wake(block.wants_registers);
   }
-  sync_warp(~0u, site);
+  sync_warp();
 }
 
-uint32_t cluster_rank() { return self().block->rank; }
-uint32_t cluster_size() { return static_cast<uint32_t>(self().block->cluster->blocks.size()); }
-
-static void complete(Cluster& cluster) {
-  cluster.arrived = 0;
-  ++cluster.phase;
-  cluster.complete.join(cluster.arriving);
-  wake(cluster.waiting);
-}
-
-void cluster_arrive(Site site) {
+void cluster_arrive() {
+  interleave();
   Fiber& fiber = self();
-  interleave(site);
-  if (fiber.cluster_arrived) fail("cluster_arrive twice without cluster_wait", site);
-  fiber.cluster_arrived = true;
+  if (std::exchange(fiber.cluster_arrived, true)) fail("cluster_arrive twice without cluster_wait");
   Cluster& cluster = *fiber.block->cluster;
   fiber.cluster_phase = cluster.phase;
   release(cluster.arriving, fiber);
-  if (++cluster.arrived == cluster.alive) complete(cluster);
+  ++cluster.arrived;
+  cluster.end_if_full();
 }
 
-void cluster_wait(Site site) {
+void cluster_wait() {
   Fiber& fiber = self();
-  if (!fiber.cluster_arrived) fail("cluster_wait without cluster_arrive", site);
+  if (!std::exchange(fiber.cluster_arrived, false)) fail("cluster_wait without cluster_arrive");
   Cluster& cluster = *fiber.block->cluster;
-  while (cluster.phase == fiber.cluster_phase) {
-    cluster.waiting.push_back(&fiber);
-    block("the cluster's barrier (%u of %u threads arrived)",
-          static_cast<unsigned>(cluster.arrived), static_cast<unsigned>(cluster.alive), site);
-  }
-  fiber.cluster_arrived = false;
-  acquire(fiber, cluster.complete);
+  await(cluster.waiting, {"the cluster's barrier"},
+        [&] { return cluster.phase != fiber.cluster_phase; });
+  fiber.clocks.join(cluster.complete);
 }
-
-// ---- launching ----
 
 static void fiber_main() {
-  finish_switch(nullptr);
+  finish_switch();
   Fiber& fiber = self();
   std::string thrown;
   try {
-    machine.thread(machine.data);
+    (*machine.thread)();
   } catch (const std::exception& error) {
     thrown = error.what();
   }
-  if (!thrown.empty()) fail(thrown, {nullptr, 0});
+  if (!thrown.empty()) fail(thrown);
   leave(fiber);
   fiber.done = true;
   --machine.alive;
   Block& block = *fiber.block;
-  NamedBarrier& barrier = block.barriers[0];  // sync_threads waits for living threads only
-  if (--block.alive > 0 && static_cast<int>(barrier.arrived.size()) == block.alive)
-    complete(block, barrier, 0);
-  if (--block.cluster->alive > 0 && block.cluster->arrived == block.cluster->alive)
-    complete(*block.cluster);
+  block.barriers[0].expected = --block.alive;  // sync_threads waits for living threads only
+  end_if_full(block, block.barriers[0]);
+  --block.cluster->expected;
+  block.cluster->end_if_full();
   reschedule();
 }
 
-static void make_block(Cluster* cluster, uint3 idx, uint32_t rank) {
+static void make_block(Cluster& cluster, uint3 idx) {
   const dim3 size = machine.config.block;
-  const int threads = static_cast<int>(size.x * size.y * size.z);
-  auto block = std::make_unique<Block>();
-  block->idx = idx;
-  block->cluster = cluster;
-  block->rank = rank;
-  block->slot = static_cast<int>(machine.blocks.size());
-  block->smem = smem_slot(block->slot);
-  block->alive = threads;
-  block->warps.resize(static_cast<size_t>(threads + 31) / 32);
-  for (Warp& warp : block->warps) warp.registers = std::min(65536 / threads, 255) & ~7;
-  for (int i = 0; i < threads; ++i) {
-    auto fiber = std::make_unique<Fiber>();
-    fiber->block = block.get();
-    fiber->index = i;
-    fiber->lane = i % 32;
-    fiber->warp = i / 32;
-    fiber->tid = machine.threads++;
-    const unsigned u = static_cast<unsigned>(i);
-    fiber->thread_idx = {u % size.x, u / size.x % size.y, u / size.x / size.y};
-    fiber->stack = take_stack(fiber->tid);
-    getcontext(&fiber->context);
-    fiber->context.uc_stack.ss_sp = fiber->stack;
-    fiber->context.uc_stack.ss_size = kStack;
-    fiber->context.uc_link = nullptr;
-    makecontext(&fiber->context, fiber_main, 0);
-    fiber->context.uc_stack.ss_size = 0;  // or AddressSanitizer clears its marks at every switch
-    machine.ready.push_back(fiber.get());
-    block->fibers.push_back(std::move(fiber));
+  const unsigned threads = size.x * size.y * size.z;
+  Block& block = *machine.blocks.emplace_back(std::make_unique<Block>());
+  block.idx = idx;
+  block.cluster = &cluster;
+  block.rank = cluster.blocks.size();
+  block.smem = take_smem(machine.blocks.size() - 1);
+  block.alive = threads;
+  block.warps.resize((threads + 31) / 32);
+  for (Warp& warp : block.warps) warp.registers = std::min(65536 / threads, 255u) & ~7;
+  for (unsigned i = 0; i < threads; ++i) {
+    Fiber& fiber = *block.fibers.emplace_back(std::make_unique<Fiber>());
+    fiber.block = &block;
+    fiber.index = i;
+    fiber.lane = i % 32;
+    fiber.warp = i / 32;
+    fiber.tid = machine.threads++;
+    fiber.thread_idx = {i % size.x, i / size.x % size.y, i / size.x / size.y};
+    fiber.stack = take_stack(fiber.tid);
+    machine.fibers.push_back(&fiber);
   }
-  cluster->blocks.push_back(block.get());
-  cluster->alive += threads;
-  machine.blocks.push_back(std::move(block));
+  cluster.blocks.push_back(&block);
+  cluster.expected += threads;
 }
 
-static void run_wave() {
-  machine.alive = machine.threads;
-  machine.idle = 0;
-  race_begin_wave();
-  for (const auto& block : machine.blocks) race_begin_block(*block);
-  const size_t pick = dice(machine.ready.size());
-  Fiber* first = machine.ready[pick];
-  machine.ready.erase(machine.ready.begin() + static_cast<std::ptrdiff_t>(pick));
-  enter(first);
-  start_switch(&machine.main_fake_stack, first->stack);
-  swapcontext(&machine.main, &first->context);
-  finish_switch(machine.main_fake_stack);
-  machine.current = nullptr;
-}
-
-void launch(const Launch& config, void (*thread)(const void*), const void* data) {
-  const auto count = [](const dim3& d) { return d.x * d.y * d.z; };
-  const dim3 grid = config.grid, cluster = config.cluster;
-  const std::string refused = std::string(config.name) + ": refused by the emulator: ";
-  if (count(config.block) == 0 || count(config.block) > 1024)
-    throw std::runtime_error(refused + "block size");
-  if (config.smem > static_cast<size_t>(kSmemMax))
-    throw std::runtime_error(refused + "shared memory");
-  if (count(cluster) > 8 || grid.x % cluster.x || grid.y % cluster.y || grid.z % cluster.z)
-    throw std::runtime_error(refused + "cluster size");
-  if (grid.y > 65535 || grid.z > 65535) throw std::runtime_error(refused + "grid size");
+void launch(const Launch& config, const std::function<void()>& thread) {
+  const auto count = [](const dim3& d) { return size_t{d.x} * d.y * d.z; };
+  const dim3 grid = config.grid, size = config.cluster;
+  const dim3 across{grid.x / size.x, grid.y / size.y, grid.z / size.z};
+  if (count(config.block) == 0 || count(config.block) > 1024 || config.smem > 227 * 1024 ||
+      grid.y > 65535 || grid.z > 65535 || count(size) > 8 ||
+      count(across) * count(size) != count(grid))
+    throw std::runtime_error(text(config.name, ": sizes that the driver refuses"));
   machine.config = config;
-  machine.thread = thread;
-  machine.data = data;
+  machine.thread = &thread;
+  machine.host_stack = static_cast<const char*>(__builtin_frame_address(0));
   machine.failed = false;
   machine.wave = 0;
   blockDim = config.block;
   gridDim = grid;
-  std::vector<uint32_t> order(count(grid) / count(cluster));
+  std::vector<uint32_t> order(count(across));
   std::iota(order.begin(), order.end(), 0);
   std::shuffle(order.begin(), order.end(), machine.random);
-  const size_t resident = std::max<size_t>(
-      1, std::min<size_t>(static_cast<size_t>(machine.resident), 64 / count(cluster)));
+  const size_t resident = std::clamp<size_t>(machine.resident, 1, 64 / count(size));
   for (size_t start = 0; start < order.size() && !machine.failed; start += resident) {
     ++machine.wave;
-    machine.threads = 0;
+    machine.threads = machine.idle = 0;
     for (size_t i = start; i < std::min(start + resident, order.size()); ++i) {
-      const dim3 across{grid.x / cluster.x, grid.y / cluster.y, grid.z / cluster.z};
-      const uint3 at{order[i] % across.x * cluster.x, order[i] / across.x % across.y * cluster.y,
-                     order[i] / across.x / across.y * cluster.z};
-      machine.clusters.push_back(std::make_unique<Cluster>());
-      for (uint32_t rank = 0; rank < count(cluster); ++rank)
-        make_block(machine.clusters.back().get(),
-                   {at.x + rank % cluster.x, at.y + rank / cluster.x % cluster.y,
-                    at.z + rank / cluster.x / cluster.y},
-                   rank);
+      Cluster& cluster = *machine.clusters.emplace_back(std::make_unique<Cluster>());
+      const uint3 first{order[i] % across.x * size.x, order[i] / across.x % across.y * size.y,
+                        order[i] / across.x / across.y * size.z};
+      for (uint32_t rank = 0; rank < count(size); ++rank)
+        make_block(cluster, {first.x + rank % size.x, first.y + rank / size.x % size.y,
+                             first.z + rank / size.x / size.y});
     }
-    run_wave();
-    machine.ready.clear();
-    machine.agents.clear();
+    machine.alive = machine.threads;
+    machine.ready = machine.fibers;
+    race_begin_wave();
+    reschedule();
+    machine.acting = nullptr;  // a launch that failed leaves all this behind
+    machine.fibers.clear();
+    machine.chains.clear();
     machine.blocks.clear();
     machine.clusters.clear();
   }
-  if (machine.failed) throw std::runtime_error(std::string(config.name) + ": " + machine.report);
+  if (machine.failed) throw std::runtime_error(text(config.name, ": ", machine.report));
 }
 
 const char* run(const std::function<void()>& host) {
   static std::string report;
+  machine.random.seed(machine.seed);
   try {
-    machine.random.seed(machine.seed);
     host();
   } catch (const std::exception& error) {
     report = error.what();
@@ -503,8 +400,8 @@ const char* run(const std::function<void()>& host) {
 
 }  // namespace emu
 
-extern "C" void emu_configure(uint64_t seed, int mode, int resident) {
+extern "C" void emu_configure(uint64_t seed, int mode, unsigned resident) {
   emu::machine.seed = seed;
-  emu::machine.mode = mode;
+  emu::machine.mode = static_cast<decltype(emu::machine.mode)>(mode);
   emu::machine.resident = resident;
 }

@@ -239,15 +239,12 @@ def test_mbarrier_phases(run):
 
 
 def test_warp_instructions(run):
-    out = torch.zeros(64, 7, dtype=torch.int32)
+    out = torch.zeros(64, 4, dtype=torch.int32)
     run("warp", out)
-    for thread, (neighbour, fifth, ballot, elected, warp, down, up) in enumerate(out.tolist()):
+    for thread, (neighbour, fifth, elected, warp) in enumerate(out.tolist()):
         lane = thread % 32
         assert neighbour == thread ^ 1 and fifth == thread - lane + 5
-        assert ballot & 0xFFFFFFFF == 0xAAAAAAAA
         assert warp == thread // 32 and elected == (lane == 0)
-        assert down == (lane + 3 if lane < 29 else lane)
-        assert up == (lane - 2 if lane % 16 >= 2 else lane)
 
 
 def test_named_barriers_and_distributed_shared_memory(run):
@@ -285,13 +282,14 @@ def test_registers_of_wgmmas_in_flight(run, mode):
 
 def test_arithmetic(run):
     x = torch.tensor([0.5, 2.0, -3.0, 1e-40, float("inf"), float("-inf"), float("nan"), 1 + 2**-11])
-    out = torch.empty(len(x), 6)
+    out = torch.empty(len(x), 7)
     run("arithmetic", x, out, len(x))
     larger = torch.maximum(x, torch.tensor(1.0))  # NaN stays
     flushed = torch.where(x.abs() < 2.0**-126, 0.0, x)
     torch.testing.assert_close(out[:, 0], larger, equal_nan=True)
     torch.testing.assert_close(out[:, 1], larger, equal_nan=True)
-    for column, expected in enumerate([flushed.exp2(), flushed.log2(), 1 / flushed], 2):
+    expectations = [flushed.exp2(), flushed.log2(), 1 / flushed, x.tanh()]
+    for column, expected in enumerate(expectations, 2):
         torch.testing.assert_close(out[:, column], expected, equal_nan=True)
     # Nearest in 10 bits of fraction, ties away from zero.
-    assert out[7, 5] == 1 + 2**-10 and out[1, 5] == 2.0 and out[6, 5].isnan()
+    assert out[7, 6] == 1 + 2**-10 and out[1, 6] == 2.0 and out[6, 6].isnan()
