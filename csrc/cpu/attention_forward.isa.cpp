@@ -275,7 +275,7 @@ void run_task(const Plan& plan, int64_t task) {
         !kPairs && u.vectors == 1 && u.rows * ceil_div(p.head_dim_v, kLanes) <= p.head_dim_v;
     // In float32 only where backward does so too, which looks at the whole sequence.
     const int64_t queries = p.dtype == DType::kFloat ? sequence.seqlen_q : u.rows;
-    u.dots = !kPairs && few_queries(queries, p.head_dim_v);
+    u.dots = !kPairs && few_queries(queries, sequence.seqlen_k, p.head_dim, p.head_dim_v);
     u.most = memory, u.sum = u.most + kWidth, u.q = u.sum + kWidth;
     u.o = u.q + round_up(plan.words, kLanes) * kWidth;
     memory += unit_floats;

@@ -19,7 +19,7 @@ struct ShortAttention {
 PYOPS_INLINE bool is_short(const AttentionForward& f) {
   const AttentionProblem& p = f.p;
   return p.dtype == DType::kFloat && !p.cu_seqlens_q && !p.dropout && p.seqlen_q <= kLanes &&
-         p.seqlen_k <= kDotKeys && !few_queries(p.seqlen_q, p.head_dim_v) &&
+         p.seqlen_k <= kDotKeys && !few_queries(p.seqlen_q, p.seqlen_k, p.head_dim, p.head_dim_v) &&
          p.seqlen_q * ceil_div(p.head_dim_v, kLanes) <= p.head_dim_v;
 }
 
