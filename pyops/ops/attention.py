@@ -107,7 +107,8 @@ def plain_attention(
     """The output of a call without options, gradients or lse by the C++ kernel, or None where it is another call.
 
     A small problem takes as long as its call does, so only what the kernel itself cannot see is asked here. What
-    its own checks refuse is called again the long way, whose errors name the argument.
+    its own checks refuse is called again the long way, whose errors name the argument. With `top_left`, torch's
+    diagonal, all have the same heads, as torch expects by default.
     """
     if (
         torch.compiler.is_compiling()
@@ -119,6 +120,10 @@ def plain_attention(
     ):
         return None
     try:
+        if top_left and (
+            query.dim() != 4 or not query.shape[:2] == key.shape[:2] == value.shape[:2]
+        ):
+            return None
         return torch.ops.pyops.attention_plain.default(query, key, value, scale, causal, top_left)
     except RuntimeError:
         return None

@@ -52,8 +52,6 @@ def scaled_dot_product_attention(
         and type(dropout_p) is float
         and dropout_p == 0
         and (backend is None or backend == "cpu")
-        and type(query) is type(key) is type(value) is Tensor
-        and query.shape[:-2] == key.shape[:-2] == value.shape[:-2]
     ):
         plain = plain_attention(query, key, value, is_causal, scale, True)
         if plain is not None:
