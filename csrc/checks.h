@@ -43,12 +43,15 @@ inline void check_same(const char* name, const Tensor& t, const char* other_name
 
 inline void check_shape(const char* name, const Tensor& t, const std::vector<int64_t>& expected) {
   bool same = t.dim() == static_cast<int64_t>(expected.size());
+  for (size_t i = 0; same && i < expected.size(); ++i) {
+    same = t.size(static_cast<int64_t>(i)) == expected[i];
+  }
+  if (same) return;
   std::string wanted = "(";
   for (size_t i = 0; i < expected.size(); ++i) {
-    same = same && t.size(static_cast<int64_t>(i)) == expected[i];
     wanted += (i ? ", " : "") + std::to_string(expected[i]);
   }
-  STD_TORCH_CHECK(same, name, ": expected shape ", wanted, "), got ", shape_of(t));
+  STD_TORCH_CHECK(false, name, ": expected shape ", wanted, "), got ", shape_of(t));
 }
 
 }  // namespace pyops

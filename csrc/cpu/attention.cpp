@@ -125,6 +125,11 @@ void set_attention_options(AttentionProblem& p, const Tensor& query,
   }
 }
 
+Tensor with_unit_last_stride(const Tensor& t) {
+  const int64_t last = t.dim() - 1;
+  return t.size(last) <= 1 || t.stride(last) == 1 ? t : torch::stable::contiguous(t);
+}
+
 HeadStrides head_strides(const char* name, const Tensor& t) {
   check_unit_stride(name, t);
   return {t.stride(0), t.stride(1), t.stride(2)};
@@ -254,6 +259,24 @@ std::tuple<Tensor, Tensor> attention(const Tensor& query, const Tensor& key, con
   return {output, lse};
 }
 
+// What it refuses, the public function checks again with errors that say more, or does otherwise.
+Tensor attention_plain(const Tensor& query, const Tensor& key, const Tensor& value,
+                       std::optional<double> scale, bool causal, bool top_left) {
+  STD_TORCH_CHECK(query.numel() > 0 && key.numel() > 0 && value.numel() > 0,
+                  "query, key, value: expected no empty tensor");
+  const double factor = scale ? *scale : std::pow(query.size(query.dim() - 1), -0.5);
+  STD_TORCH_CHECK(std::isfinite(factor), "scale: expected a finite number, got ", factor);
+  const Tensor q = with_unit_last_stride(query), k = with_unit_last_stride(key),
+               v = with_unit_last_stride(value);
+  AttentionForward f{};
+  f.p =
+      make_attention_problem(q, k, v, {}, {}, {}, {}, factor, 0, -1, causal ? 0 : -1, top_left, 0);
+  Tensor output = empty_heads_like(q, f.p.head_dim_v);
+  f.output = output.mutable_data_ptr(), f.output_strides = head_strides("output", output);
+  run(f);
+  return output;
+}
+
 std::tuple<Tensor, Tensor> attention_varlen(
     const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& cu_seqlens_q,
     const Tensor& cu_seqlens_k, int64_t max_seqlen_q, int64_t max_seqlen_k,
@@ -287,5 +310,6 @@ std::tuple<Tensor, Tensor> attention_varlen(
 
 STABLE_TORCH_LIBRARY_IMPL(pyops, CPU, m) {
   m.impl("attention", TORCH_BOX(&pyops::cpu::attention));
+  m.impl("attention_plain", TORCH_BOX(&pyops::cpu::attention_plain));
   m.impl("attention_varlen", TORCH_BOX(&pyops::cpu::attention_varlen));
 }

@@ -88,7 +88,7 @@ struct AttentionForward {
   AttentionProblem p;
   void* output;  // (batch, heads, seqlen_q, head_dim_v)
   HeadStrides output_strides;
-  float* lse;  // (batch, heads, seqlen_q), natural log; row stride 1
+  float* lse;  // (batch, heads, seqlen_q), natural log; row stride 1; or null
   int64_t lse_batch_stride, lse_head_stride;
 };
 

@@ -109,11 +109,6 @@ void run(AttentionBackward& g) {
   if (split_query) for_row_blocks(PYOPS_ISA_SELECT(attention_backward_sum_query));
 }
 
-Tensor with_unit_last_stride(const Tensor& t) {
-  const int64_t last = t.dim() - 1;
-  return t.size(last) <= 1 || t.stride(last) == 1 ? t : torch::stable::contiguous(t);
-}
-
 void check_saved(const Tensor& grad_output, const OptionalTensor& grad_lse, const Tensor& output,
                  const Tensor& lse, const Tensor& query, const std::vector<int64_t>& output_shape,
                  const std::vector<int64_t>& lse_shape) {

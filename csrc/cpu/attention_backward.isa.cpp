@@ -95,7 +95,8 @@ struct Chunk {
         d(padded_columns(g.p.head_dim)),
         dv(padded_columns(g.p.head_dim_v)) {
     want_scores_grad = g.grad_query || g.grad_key || g.grad_bias;
-    dots = p.dtype == DType::kFloat && few_queries(seq.seqlen_q, p.head_dim_v);
+    dots = p.dtype == DType::kFloat &&
+           few_queries(seq.seqlen_q, seq.seqlen_k, p.head_dim, p.head_dim_v);
     plain = p.softcap == 0.0f && !p.alibi_slopes && p.bias_kind == BiasKind::kNone && !p.dropout;
     const int64_t keys = end - begin, rows = g.chunks == 1 ? seq.seqlen_q : 0;
     Carver size{nullptr, 0};
@@ -205,7 +206,7 @@ struct Chunk {
     }
     if (g.grad_bias) begin_grad_bias(t);
     if (dots) {
-      static_assert(kBlockK <= kDotKeys && kDotQueries <= kTileRows);
+      static_assert(kBlockK <= kDotKeys && kDotQueries <= kBlockQ);
       alignas(64) float sums[kDotQueries * kDotKeys];
       const T* key = head_rows<T>(p.key, p.key_strides, b, kv_head, seq.first_k + t.k0);
       score_dots(w.query_rows, d, t.rows, reinterpret_cast<const char*>(key),

@@ -37,6 +37,8 @@ void set_attention_options(AttentionProblem& p, const Tensor& query,
                            int64_t window_left, int64_t window_right, bool top_left,
                            double dropout_p);
 
+Tensor with_unit_last_stride(const Tensor& t);
+
 // Strides of a 4-D tensor (batch, heads, seqlen, dim); checks that the last one is 1.
 HeadStrides head_strides(const char* name, const Tensor& t);
 // Of a 3-D tensor (total, heads, dim) seen as (batch, heads, seqlen, dim).

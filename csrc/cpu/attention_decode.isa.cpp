@@ -140,7 +140,7 @@ void run_split(const AttentionDecode& d, int64_t task) {
     Rows& r = rows[c] = place_rows(d, b, head_kv, c, partial);
     float* const packed = queries + c * words * kLanes;
     const T* first = query + c * kLanes * d.head_dim;
-    r.dots = !kPairs && r.count <= kDotQueries;
+    r.dots = !kPairs && few_queries(r.count, kBlockKeys, d.head_dim, d.head_dim_v);
     if (r.dots) {
       convert_rows(first, d.head_dim, r.count, d.head_dim, packed);
     } else {

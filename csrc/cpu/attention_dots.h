@@ -7,14 +7,18 @@
 namespace pyops::cpu::PYOPS_ISA {
 namespace {
 
-// Few queries leave most lanes of a tile idle. Up to this many, and without pairs, scores are dot
-// products along the head dimension, (queries, kDotKeys): lanes are keys.
-constexpr int64_t kDotQueries = 3;
+// Few queries leave most lanes of a tile idle. Without pairs, scores of up to so many are dot
+// products along the head dimension, (queries, kDotKeys): lanes are keys, of softmax too.
+constexpr int64_t kDotQueries = 8;
 constexpr int64_t kDotKeys = 128;
 
-// Whether so few queries are worth it: output rows then lie along the head dimension too.
-PYOPS_INLINE bool few_queries(int64_t queries, int64_t head_dim_v) {
-  return queries <= kDotQueries && queries * ((head_dim_v + kLanes - 1) / kLanes) <= head_dim_v;
+// Whether that is quicker, in vector instructions a key; output rows then lie along the head
+// dimension too. A tile takes one for each word of the head dimension and about 12 for the
+// exponential, however many queries there are.
+PYOPS_INLINE bool few_queries(int64_t queries, int64_t keys, int64_t head_dim, int64_t head_dim_v) {
+  const auto vectors = [](int64_t dim) { return (dim + kLanes - 1) / kLanes; };
+  return queries <= kDotQueries && keys >= kLanes && queries * vectors(head_dim_v) <= head_dim_v &&
+         queries * (vectors(head_dim) + 3) <= head_dim + 12;
 }
 
 // Lane i: the sum of rows[i].

@@ -5,6 +5,7 @@
 // from zero and then added to the rescaled output: one long running sum has several times the
 // rounding error.
 #include "attention.h"
+#include "attention_short.h"
 #include "attention_softmax.h"
 #include "runtime.h"
 
@@ -178,8 +179,10 @@ void store_output(const Plan& plan, const Unit& u, T* output, float* lse) {
     const int rows = static_cast<int>(min(kLanes, u.rows - v * kLanes));
     const Vec sum = load(u.sum + v * kLanes);
     const Vec factor = sum == Vec{} ? Vec{} : f.p.keep_scale / sum;
-    const Vec total = fma(load(u.most + v * kLanes), splat(plan.to_log), log(sum));
-    store_first(lse + v * kLanes, total, rows);
+    if (lse) {
+      const Vec total = fma(load(u.most + v * kLanes), splat(plan.to_log), log(sum));
+      store_first(lse + v * kLanes, total, rows);
+    }
     if (u.by_rows) {
       for (int i = 0; i < rows; ++i) {
         const float* row = u.o + i * round_up(dim, kLanes);
@@ -245,7 +248,7 @@ void run_task(const Plan& plan, int64_t task) {
   const AttentionSequence sequence = attention_sequence(p, b);
 
   constexpr int64_t kWidth = kBlockQueries;
-  const int64_t unit_floats = (plan.words + p.head_dim_v + 2) * kWidth;
+  const int64_t unit_floats = (round_up(plan.words, kLanes) + p.head_dim_v + 2) * kWidth;
   const int64_t score_floats = plan.block_keys * kWidth;
   const int64_t key_floats = plan.convert ? round_up(plan.block_keys * p.head_dim, 16) : 0;
   const int64_t value_floats =
@@ -272,9 +275,9 @@ void run_task(const Plan& plan, int64_t task) {
         !kPairs && u.vectors == 1 && u.rows * ceil_div(p.head_dim_v, kLanes) <= p.head_dim_v;
     // In float32 only where backward does so too, which looks at the whole sequence.
     const int64_t queries = p.dtype == DType::kFloat ? sequence.seqlen_q : u.rows;
-    u.dots = !kPairs && few_queries(queries, p.head_dim_v);
+    u.dots = !kPairs && few_queries(queries, sequence.seqlen_k, p.head_dim, p.head_dim_v);
     u.most = memory, u.sum = u.most + kWidth, u.q = u.sum + kWidth;
-    u.o = u.q + plan.words * kWidth;
+    u.o = u.q + round_up(plan.words, kLanes) * kWidth;
     memory += unit_floats;
     for (int64_t v = 0; v < u.vectors; ++v) {
       store(u.most + v * kLanes, splat(p.sinks ? p.sinks[u.h] : -kInfinity));
@@ -325,7 +328,7 @@ void run_task(const Plan& plan, int64_t task) {
     store_output(plan, u,
                  static_cast<T*>(f.output) + b * f.output_strides.batch +
                      u.h * f.output_strides.head + row * f.output_strides.row,
-                 f.lse + b * f.lse_batch_stride + u.h * f.lse_head_stride + row);
+                 f.lse ? f.lse + b * f.lse_batch_stride + u.h * f.lse_head_stride + row : nullptr);
   }
 }
 
@@ -343,11 +346,24 @@ void run(Plan plan) {
   plan.units = max(1, min(plan.units, units));
   plan.tasks = ceil_div(units, plan.units);
   const int64_t tasks = plan.tasks * heads;
-  const int64_t batch = max(1, min(16, tasks / (8 * threads)));
+  const int64_t batch = max(1, min(16, tasks / (32 * threads)));
   parallel_for(ceil_div(tasks, batch), [&](int64_t index) {
     for (int64_t i = index * batch; i < min((index + 1) * batch, tasks); ++i) {
       run_task<T, kPairs>(plan, i);
     }
+  });
+}
+
+void run_short(const Plan& plan) {
+  const AttentionProblem& p = plan.f.p;
+  const AttentionSequence sequence = attention_sequence(p, 0);
+  const int64_t begin = round_down(min(first_visible(p, sequence, 0), p.seqlen_k), kQuad);
+  const int64_t end = end_visible(p, sequence, p.seqlen_q - 1);
+  const ShortAttention a{&plan.f, begin, max(begin, end), plan.to_log2, plan.to_log};
+  const int64_t heads = p.batch * p.heads, threads = num_threads();
+  const int64_t each = max(1, ceil_div(heads, 8 * threads));
+  parallel_for(ceil_div(heads, each), [&](int64_t index) {
+    short_heads(a, index * each, min((index + 1) * each, heads));
   });
 }
 
@@ -364,6 +380,7 @@ void attention_forward(const AttentionForward& f) {
   plan.to_log2 = plan.to_log * kLog2e;
   plan.group = p.heads / p.heads_kv;
   plan.blocks = ceil_div(p.seqlen_q, kBlockQueries);
+  if (!plan.finish && is_short(f)) return run_short(plan);
   switch (p.dtype) {
     case DType::kFloat:
       return run<float, false>(plan);

@@ -29,7 +29,8 @@ PYOPS_INLINE Vec load_words(const BFloat16* p, int64_t, int64_t elements) {
 }
 #endif
 
-// (rows, head_dim) to (words, width), zeros in lanes that hold no query.
+// (rows, head_dim) to (words rounded up to whole vectors, width), zeros in lanes that hold no
+// query.
 template <class T, bool kPairs>
 void pack_query(const T* src, int64_t row_stride, int64_t all_rows, int64_t head_dim, float* q,
                 int64_t width) {
@@ -44,16 +45,14 @@ void pack_query(const T* src, int64_t row_stride, int64_t all_rows, int64_t head
       for (int i = 0; i < kLanes; ++i) {
         const T* row = src + (v * kLanes + i) * row_stride + w * kPerWord;
         if constexpr (kPairs) {
-          block[i] = i < rows ? load_words(row, count, head_dim - w * kPerWord) : Vec{};
+          block[i] = load_words(row, count, i < rows ? head_dim - w * kPerWord : 0);
         } else {
-          block[i] = i < rows ? load_first(row, static_cast<int>(count)) : Vec{};
+          block[i] = load_first(row, static_cast<int>(i < rows ? count : 0));
         }
       }
       transpose(block);
 #pragma GCC unroll 16
-      for (int i = 0; i < kLanes; ++i) {
-        if (i < count) store(q + (w + i) * width + v * kLanes, block[i]);
-      }
+      for (int i = 0; i < kLanes; ++i) store(q + (w + i) * width + v * kLanes, block[i]);
     }
   }
 }

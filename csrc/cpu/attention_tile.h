@@ -238,7 +238,7 @@ template <int Rows>
 void output_rows_of(const float* p, int64_t p_key, int64_t p_row, const float* v, int64_t v_row,
                     int64_t begin, int64_t end, const float* alpha, bool first, float* o,
                     int64_t dim) {
-  constexpr int kParts = Rows < 4 ? 4 : 1;  // enough sums to hide their latency
+  constexpr int kParts = Rows < 4 ? 4 : Rows < 8 ? 2 : 1;  // enough sums to hide their latency
   const int64_t o_row = (dim + kLanes - 1) / kLanes * kLanes;
   int64_t d = 0;
   if constexpr (kParts > 1) {

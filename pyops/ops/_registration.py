@@ -180,6 +180,22 @@ def needs_plain_torch() -> bool:
 needs_plain_torch._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
+def only_values_matter(*tensors: Any) -> bool:
+    """Whether a call is of plain tensors on the CPU, with no gradient, cast, transform, trace or compiler at work."""
+    wanted = torch.is_grad_enabled()
+    for tensor in tensors:
+        if type(tensor) is not torch.Tensor or not tensor.is_cpu:
+            return False
+        if wanted and tensor.requires_grad:
+            return False
+    return (
+        not torch._C._is_any_autocast_enabled()
+        and get_interpreter_stack() is None
+        and not torch._C._is_tracing()
+        and torch.autograd.forward_ad._current_level < 0
+    )
+
+
 def needs_registered_op() -> bool:
     """Under vmap and torch.jit.trace a call must be one op that they know, not a function in Python."""
     return get_interpreter_stack() is not None or torch._C._is_tracing()

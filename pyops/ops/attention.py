@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .. import backends
 from ..reference import attention as reference
 from ..reference.attention import AttentionSpec
 from . import _arguments as arguments
@@ -82,11 +83,50 @@ def attention(
     Source: Dao, "FlashAttention-2", 2023; Press et al., "Train Short, Test Long", 2021 (ALiBi); Salmon et al.,
     "Parallel random numbers: as easy as 1, 2, 3", 2011 (the dropout mask, drawn anew in backward).
     """
+    if (
+        bias is alibi_slopes is window is sinks is generator is None
+        and type(softcap) is type(dropout_p) is float
+        and softcap == dropout_p == 0
+        and return_lse is False
+        and deterministic is True
+        and (backend is None or backend == "cpu")
+    ):
+        plain = plain_attention(query, key, value, causal, scale, False)
+        if plain is not None:
+            return plain
     options = (causal, scale, window, softcap, dropout_p, return_lse, deterministic)
     output, lse = _attention(
         (query, key, value, bias, alibi_slopes, sinks), options, generator, backend
     )
     return (output, lse) if return_lse else output
+
+
+def plain_attention(
+    query: Any, key: Any, value: Any, causal: Any, scale: Any, top_left: bool
+) -> Tensor | None:
+    """The output of a call without options, gradients or lse by the C++ kernel, or None where it is another call.
+
+    A small problem takes as long as its call does, so only what the kernel itself cannot see is asked here. What
+    its own checks refuse is called again the long way, whose errors name the argument. With `top_left`, torch's
+    diagonal, all have the same heads, as torch expects by default.
+    """
+    if (
+        torch.compiler.is_compiling()
+        or not (causal is True or causal is False)
+        or not (scale is None or type(scale) is float)
+        or not registration.only_values_matter(query, key, value)
+        or query.dtype not in checks.KERNEL_DTYPES
+        or not backends.schemas_loaded()
+    ):
+        return None
+    try:
+        if top_left and (
+            query.dim() != 4 or not query.shape[:2] == key.shape[:2] == value.shape[:2]
+        ):
+            return None
+        return torch.ops.pyops.attention_plain.default(query, key, value, scale, causal, top_left)
+    except RuntimeError:
+        return None
 
 
 def top_left_attention(

@@ -14,7 +14,7 @@ from . import _arguments as arguments
 from . import _choice
 
 MOST_HEAD_DIM = 256  # of the kernels; the reference takes any
-_KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def facts(tensors: tuple[Any, ...], required: int) -> tuple[Any, ...]:
@@ -197,7 +197,7 @@ def _refusal(
         return None
     query, _, value, _, alibi_slopes, _ = tensors
     assert query is not None and value is not None
-    if query.dtype not in _KERNEL_DTYPES:
+    if query.dtype not in KERNEL_DTYPES:
         return f"it takes float32, bfloat16 and float16, got {query.dtype}"
     if max(query.shape[-1], value.shape[-1]) > MOST_HEAD_DIM:
         most = max(query.shape[-1], value.shape[-1])

@@ -11,7 +11,7 @@ from torch.nn import Parameter
 
 from .. import backends
 from . import _registration as registration
-from .attention import top_left_attention
+from .attention import plain_attention, top_left_attention
 from .attention_checks import MOST_HEAD_DIM
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -47,6 +47,15 @@ def scaled_dot_product_attention(
     Returns:
         (..., heads, seqlen_q, v_head_dim)
     """
+    if (
+        attn_mask is None
+        and type(dropout_p) is float
+        and dropout_p == 0
+        and (backend is None or backend == "cpu")
+    ):
+        plain = plain_attention(query, key, value, is_causal, scale, True)
+        if plain is not None:
+            return plain
     tensors = (query, key, value) if attn_mask is None else (query, key, value, attn_mask)
     if _takes(tensors, dropout_p, is_causal):
         folded = _fold(tensors, enable_gqa)

@@ -128,7 +128,7 @@ def test_backend():
             out = pyops.scaled_dot_product_attention(*tensors, backend=backend)
         torch.testing.assert_close(out, F.scaled_dot_product_attention(*tensors))
         seen.append([name for name, _ in calls.seen])
-    assert seen == [["attention"], []]
+    assert seen == [["attention_plain"], []]
     with pytest.raises(ValueError, match="backend: .*gpu"):
         pyops.scaled_dot_product_attention(*tensors, backend="gpu")
 

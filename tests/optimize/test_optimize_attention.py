@@ -17,13 +17,19 @@ def counted(monkeypatch):
     """The shapes of the queries that our op has run."""
     from pyops.ops import sdpa
 
-    seen, original = [], sdpa.top_left_attention
+    seen = []
 
-    def counting(query, *args):
-        seen.append(tuple(query.shape))
-        return original(query, *args)
+    def counting(original):
+        def call(query, *args):
+            result = original(query, *args)
+            if result is not None:
+                seen.append(tuple(query.shape))
+            return result
 
-    monkeypatch.setattr(sdpa, "top_left_attention", counting)
+        return call
+
+    for name in ("top_left_attention", "plain_attention"):
+        monkeypatch.setattr(sdpa, name, counting(getattr(sdpa, name)))
     return seen
 
 
