@@ -66,7 +66,7 @@ class Case:
             **options,
         )
 
-    def expected(self, query=None, new=None, **options):
+    def expected(self, query=None, new=None, leftpad=(0, 0, 0), **options):
         """((output, lse) in the dtype, the same in float64) by plain torch on dense keys."""
         query = self.query if query is None else query
         new = self.new if new is None else new
@@ -75,6 +75,7 @@ class Case:
             keys = [t[b : b + 1, :, :length] for t in self.dense]
             if new is not None:
                 keys = [torch.cat((t, n[b : b + 1]), 2) for t, n in zip(keys, new, strict=True)]
+            keys = [t[:, :, leftpad[b] :] for t in keys]
             one = (query[b : b + 1], *keys)
             each.append((plain(*one, **options), plain(*map(exact, one), **options)))
         lowp, best = zip(*each, strict=True)
@@ -127,6 +128,22 @@ def test_values(paged, name, seqlen_q, seqlen_new, dtype, backend):
             if seqlen_new:
                 dense[b, :, length : length + seqlen_new] = case.new[i][b]
         assert torch.equal(cache.nan_to_num(7), dense.nan_to_num(7))  # and nothing else is written
+
+
+@BOTH
+@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("seqlen_q", [1, 5])
+def test_leftpad(seqlen_q, name, backend):
+    case = Case(name == "causal", 3, seqlen_q)
+    leftpad = (4, 3, 17)  # of the second sequence everything
+    for cache, dense in zip(case.caches, case.dense, strict=True):
+        for b, count in enumerate(leftpad[: 0 if case.block_table is not None else 3]):
+            cache[b, :, : min(count, LENGTHS[b])] = torch.nan
+            dense[b, :, : min(count, LENGTHS[b])] = torch.nan
+    expected = case.expected(leftpad=leftpad, **OPTIONS[name])
+    options = {"cache_leftpad": torch.tensor(leftpad, dtype=torch.int32), **OPTIONS[name]}
+    for splits in (0, 2):
+        assert_right(case.call(backend, num_splits=splits, **options), expected)
 
 
 @BOTH
@@ -243,7 +260,7 @@ def test_compile_and_fake(backend):
     if backend == "reference":
         out = torch.ops.pyops.attention_decode(
             *(t.to("meta") for t in (Case(False).query, *Case(False).caches)),
-            *(None,) * 6, False, None, None, 1.0, 0.0, -1, -1, 0,
+            *(None,) * 7, False, None, None, 1.0, 0.0, -1, -1, 0,
         )  # fmt: skip
         assert [t.shape for t in out] == [(3, 4, 1, 24), (3, 4, 1)]
         return
@@ -298,6 +315,8 @@ BAD = {
     "no lengths": ({"cache_seqlens": None}, "cache_seqlens: .*new key"),
     "lengths int64": ({"cache_seqlens": ints(1, 2, 3).long()}, "cache_seqlens: .*int32"),
     "number of lengths": ({"cache_seqlens": ints(1, 2)}, r"cache_seqlens: .*\(3,\)"),
+    "leftpad int64": ({"cache_leftpad": ints(1, 2, 3).long()}, "cache_leftpad: .*int32"),
+    "number of leftpads": ({"cache_leftpad": ints(1, 2)}, r"cache_leftpad: .*\(3,\)"),
     "shape of key": ({"key": randn(3, 2, 2, 15)}, "key: .*15"),
     "shape of value": ({"value": randn(3, 2, 3, 24)}, "value: .*3, 2, 3, 24"),
     "table rank": ({"block_table": ints(1, 2, 3)}, "block_table: expected shape"),
@@ -321,7 +340,12 @@ BAD = {
     "no room": ({"cache_seqlens": ints(5, 0, 47)}, "cache_seqlens"),
     "length below 0": ({"cache_seqlens": ints(5, -1, 3)}, "cache_seqlens"),
     "length beyond": ({"cache_seqlens": ints(5, 49, 3)}, "cache_seqlens"),
-    "no room in the pages": ({"paged": True, "cache_seqlens": ints(5, 0, 47)}, "cache_seqlens"),
+    "no room in the pages": (
+        {"paged": True, "cache_seqlens": ints(5, 0, 47)},
+        "cache_seqlens: .*block_table's 48",
+    ),
+    "leftpad below 0": ({"cache_leftpad": ints(0, -1, 0)}, "cache_leftpad: .*-1 for sequence 1"),
+    "leftpad beyond": ({"cache_leftpad": ints(0, 3, 0)}, "cache_leftpad: .*2 keys, got 3"),
     "block below 0": (
         {
             "paged": True,

@@ -298,6 +298,7 @@ class _Numbered(Case):
 @dataclass
 class DecodeCase:
     lengths: tuple[int, ...] | None  # filled, one for each of the batch
+    leftpad: tuple[int, ...] | None = None
     new: int = 0
     seqlen_q: int = 1
     capacity: int = 64
@@ -325,6 +326,8 @@ DECODE_CASES = {
     "rotary-no-diagonal": DecodeCase((7, 40), new=2, seqlen_q=2, rotary=12, page=8),
     "options": DecodeCase((17, 60), seqlen_q=2, window=(20, 0), softcap=2.0, alibi=2, sinks=True),
     "many-rows": DecodeCase((30,), seqlen_q=9, window=CAUSAL, heads=(6, 2), dtype=FP16),
+    "left-padding": DecodeCase((40, 7), (19, 9), new=2, seqlen_q=2, window=CAUSAL, alibi=1),
+    "left-padding-window": DecodeCase((40, 60), (30, 3), page=16, seqlen_q=2, window=(20, 0)),
     "bf16-odd": DecodeCase((60, 3), new=1, head_dims=(13, 7), heads=(3, 1), dtype=BF16),
 }
 
@@ -345,9 +348,11 @@ def check_decode(case: DecodeCase, device: str, num_splits: int) -> None:
     cos, sin = (randn(case.capacity + 9, case.rotary // 2) for _ in range(2))
     alibi = randn(*(batch, heads)[2 - case.alibi :], dtype=FP32).abs() if case.alibi else None
     sinks = randn(heads, dtype=FP32) if case.sinks else None
+    leftpad = case.leftpad or (0,) * batch
     for b, length in enumerate(lengths):  # what is not filled is never read
         for cache in held:
             cache[b, :, length:] = float("nan")
+            cache[b, :, : min(leftpad[b], length)] = float("nan")
     caches, table = held, None
     if case.page:
         pages = case.capacity // case.page
@@ -366,6 +371,7 @@ def check_decode(case: DecodeCase, device: str, num_splits: int) -> None:
         *caches,
         *(new if case.new else (None, None)),
         None if case.lengths is None else torch.tensor(lengths, device=device).int(),
+        None if case.leftpad is None else torch.tensor(case.leftpad, device=device).int(),
         table,
         cos if case.rotary else None,
         sin if case.rotary else None,
@@ -391,11 +397,13 @@ def check_decode(case: DecodeCase, device: str, num_splits: int) -> None:
             got = (
                 cache[b] if table is None else cache[table[b].long()].transpose(0, 1).flatten(1, 2)
             )
-            assert torch.equal(got[:, :length], wanted[:, :length])
+            assert torch.equal(got[:, :length].nan_to_num(7), wanted[:, :length].nan_to_num(7))
             torch.testing.assert_close(got[:, length:total], wanted[:, length:])
             # The rest is untouched; of pages, only those in use are looked at.
             beyond = got[:, total : -(-total // case.page) * case.page if case.page else None]
             assert beyond.isnan().all()
+        expected = [t[:, leftpad[b] :] for t in expected]
+        total -= leftpad[b]
         if total == 0:
             assert (output[b] == 0).all()
             known = float("-inf") if sinks is None else sinks[:, None].expand_as(lse[b])

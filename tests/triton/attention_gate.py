@@ -50,7 +50,7 @@ class Case:
             caches = (meta(900, self.kv_heads, 64, d) for d in (self.head_dim, value_dim))
             lengths, table = meta(batch, dtype=torch.int32), meta(batch, 99, dtype=torch.int32)
             rotary = meta(8192, self.head_dim // 2), meta(8192, self.head_dim // 2), False
-            new = (key, value, lengths, table)
+            new = (key, value, lengths, None, table)
             attention_decode.decode(query, *caches, *new, *rotary, slopes, sinks, *options, 0)
             return
         options = (*options, False, self.dropout_p)
