@@ -247,8 +247,10 @@ std::tuple<Tensor, Tensor> attention_decode_op(
     rotary.half = rotary_cos->size(1);
     STD_TORCH_CHECK(2 * rotary.half <= d.head_dim, "rotary_cos: expected at most ", d.head_dim / 2,
                     " columns, got ", rotary.half);
+    // Without a diagonal all queries stand at the first new position.
+    const int64_t apart = window_left >= 0 || window_right >= 0 ? d.seqlen_q : 1;
     for (int64_t b = 0; b < d.batch; ++b) {
-      const int64_t last = cache.filled[b] + std::max(appended, d.seqlen_q);
+      const int64_t last = cache.filled[b] + std::max(appended, apart);
       STD_TORCH_CHECK(last <= rotary_cos->size(0), "rotary_cos: expected at least ", last,
                       " positions, got ", rotary_cos->size(0));
     }

@@ -72,7 +72,8 @@ def attention_decode(
 
     Raises:
         TypeError, ValueError, RuntimeError: naming the argument, what was expected and what came; nothing
-            has been written then. On a GPU the values of ``cache_seqlens``, ``cache_leftpad`` and ``block_table`` are not checked.
+            has been written then. On a GPU the values of ``cache_seqlens``, ``cache_leftpad`` and
+            ``block_table`` are not checked.
 
     Source: Dao et al., "Flash-Decoding for long-context inference", 2023; Kwon et al., "Efficient Memory Management for
     Large Language Model Serving with PagedAttention", 2023.
@@ -115,7 +116,7 @@ def attention_decode(
         *(checks.per_head(alibi_slopes), checks.per_head(sinks)),
     )
     if use == "reference":
-        _check_values(*inputs[:9])
+        _check_values(spec, *inputs[:9])
         output, lse = reference.attention_decode(*(*inputs, spec))
     else:
         windows = (spec.window_left, spec.window_right)
@@ -262,6 +263,7 @@ def _check_rotary(
 
 
 def _check_values(
+    spec: AttentionSpec,
     query: Tensor,
     key_cache: Tensor,
     value_cache: Tensor,
@@ -278,6 +280,8 @@ def _check_values(
     appended = 0 if key is None else key.shape[2]
     filled = [capacity] * query.shape[0] if cache_seqlens is None else cache_seqlens.tolist()
     leftpad = [0] * query.shape[0] if cache_leftpad is None else cache_leftpad.tolist()
+    # Without a diagonal all queries stand at the first new position.
+    apart = query.shape[2] if spec.window_left >= 0 or spec.window_right >= 0 else 1
     whose = "cache's" if block_table is None else "block_table's"
     for b, length in enumerate(filled):
         if length < 0 or length + appended > capacity:
@@ -291,7 +295,7 @@ def _check_values(
                 f"{leftpad[b]} for sequence {b}"
             )
         if rotary_cos is not None:
-            last = length + max(appended, query.shape[2])
+            last = length + max(appended, apart)
             if last > rotary_cos.shape[0]:
                 raise ValueError(
                     f"rotary_cos: expected at least {last} positions, got {rotary_cos.shape[0]}"

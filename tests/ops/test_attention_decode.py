@@ -184,6 +184,20 @@ def test_rotary(rotary_dim, causal, interleaved, backend):
         torch.testing.assert_close(written, key[b], rtol=1e-5, atol=1e-5)
 
 
+@BOTH
+def test_rotary_needs_the_positions_in_use(backend):
+    longest = max(LENGTHS)
+    angles = randn(longest + 4, 4)
+    for causal, new, needed in ((False, 0, 1), (False, 3, 3), (True, 0, 4), (True, 3, 4)):
+        tables = {"rotary_cos": angles[: longest + needed].cos()}
+        tables["rotary_sin"] = angles[: longest + needed].sin()
+        case = Case(False, new, 4)
+        assert case.call(backend, causal=causal, **tables)[0].isfinite().any()
+        tables = {name: table[:-1] for name, table in tables.items()}
+        with pytest.raises((ValueError, RuntimeError), match=f"rotary_cos: .*{longest + needed}"):
+            case.call(backend, causal=causal, **tables)
+
+
 def test_rotation_by_zero_and_its_inverse():
     x, angles = randn(2, 5, 8), randn(9, 3)
     positions = torch.arange(5)
