@@ -137,6 +137,10 @@ CASES = {
     # One key more or less would be another number of whole blocks, at either end, in every kernel.
     "window-at-block-ends": Case((70, 84), window=(60, 0), heads=(1, 1)),
     "window-nothing": Case((64, 20), heads=(1, 1), window=(3, 5)),
+    # The head dim in pieces, the last of them partly masked.
+    "fp32-pieces": Case((34, 45), heads=(2, 1), head_dims=(75, 40), window=CAUSAL),
+    "fp32-pieces-bias": Case((34, 45), heads=(1, 1), head_dims=(40, 70), bias=(1, 1, 34, 45)),
+    "fp32-pieces-heads-inside": Case((20, 33), head_dims=(33, 33), heads_inside=True),
     # The backward kernels have one loop from 64 on.
     "wide-window": Case((50, 60), window=(12, 4), head_dims=(64, 64), dtype=FP16, heads=(1, 1)),
     "softcap": Case((40, 50), heads=(1, 1), softcap=2.0, window=CAUSAL),
