@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -74,5 +75,5 @@ def test_boxes(compiled):
     """TMA wherever rows are whole multiples of 16 bytes and short enough to be held whole."""
     for row in compiled:
         matrix = row["kernel"].endswith(("forward_kernel", "key_kernel", "query_kernel"))
-        aligned = row["arch"] >= 90 and not {"111", "float32"} & set(row["case"].split())
+        aligned = row["arch"] >= 90 and not re.search("111|float32", row["case"])
         assert row["boxes"] == (matrix and aligned) or row["kernel"].endswith("bias_kernel"), row
