@@ -54,7 +54,8 @@ def key_configs(flags: Flags, dtype: torch.dtype) -> list[Config]:
         return [_backward(16, 32, 4, 1, width < 64)]
     heavy = flags.BIAS != "none" or flags.DROPOUT
     if dtype is torch.float32:
-        return [_backward(16 if heavy or width > 64 else 32, 32, 8, 1, False)]
+        block_n = 16 if heavy and width > 128 else 32
+        return [_backward(16 if heavy or width > 64 else 32, block_n, 8, 1, False)]
     if flags.LOADS == "pointers":
         if width <= 64:
             return [_backward(32 if heavy else 64, 64, 8 if heavy else 4, 2, not heavy)]
