@@ -15,7 +15,7 @@ LOG2E = 1.4426950408889634
 # Rows that backward prepares of each query are padded to a multiple of this, the largest block.
 ROW_PADDING = 128
 # Head dims of float32 above WHOLE are multiplied PIECE columns at a time.
-WHOLE, PIECE = 32, 32
+WHOLE, PIECE = 16, 32
 
 
 @dataclass(frozen=True)
