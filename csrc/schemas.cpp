@@ -72,10 +72,10 @@ STABLE_TORCH_LIBRARY(pyops, m) {
       "grad_sinks)");
   m.def(
       "attention_decode(Tensor query, Tensor(a!) key_cache, Tensor(b!) value_cache, Tensor? key, "
-      "Tensor? value, Tensor? cache_seqlens, Tensor? block_table, Tensor? rotary_cos, Tensor? "
-      "rotary_sin, bool rotary_interleaved, Tensor? alibi_slopes, Tensor? sinks, float scale, "
-      "float softcap, int window_left, int window_right, int num_splits) -> (Tensor output, Tensor "
-      "lse)");
+      "Tensor? value, Tensor? cache_seqlens, Tensor? cache_leftpad, Tensor? block_table, Tensor? "
+      "rotary_cos, Tensor? rotary_sin, bool rotary_interleaved, Tensor? alibi_slopes, Tensor? "
+      "sinks, float scale, float softcap, int window_left, int window_right, int num_splits) -> "
+      "(Tensor output, Tensor lse)");
   m.def(
       "lstm(Tensor input, Tensor h0, Tensor c0, Tensor[] weights, Tensor? "
       "batch_sizes, " PYOPS_LSTM_OPTIONS

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from .attention_backward_kernels import padded_start, probabilities
-from .attention_tile import kept, load_rows, locate, rows_of
+from .attention_tile import Rows, kept, load_rows, locate, row_products, rows_of
 
 
 @triton.jit
@@ -127,18 +127,28 @@ def bias_tile(
     )
     key_rows = rows_of(key_rows, key, batch, 0, keys, kv_heads, BLOCK_N, F.D, F.BLOCK_D, F)
     value_rows = rows_of(value_rows, value, batch, 0, keys, kv_heads, BLOCK_N, F.DV, F.BLOCK_DV, F)
-    q = load_rows(query_rows, query, batch, head, i0, rows, BLOCK_M, F.D, F.BLOCK_D, True, F)
-    k = load_rows(key_rows, key, batch, kv_head, j0, keys, BLOCK_N, F.D, F.BLOCK_D, True, F)
-    do = load_rows(
-        grad_rows, grad_output, batch, head, i0, rows, BLOCK_M, F.DV, F.BLOCK_DV, True, F
-    )
-    v = load_rows(value_rows, value, batch, kv_head, j0, keys, BLOCK_N, F.DV, F.BLOCK_DV, True, F)
+    if F.PIECE > 0:
+        q = Rows(query_rows, query, head, i0, rows)
+        k = Rows(key_rows, key, kv_head, j0, keys)
+        score = row_products(q, k, BLOCK_M, BLOCK_N, F.D, F.BLOCK_D, F)
+        do = Rows(grad_rows, grad_output, head, i0, rows)
+        v = Rows(value_rows, value, kv_head, j0, keys)
+        dp = row_products(do, v, BLOCK_M, BLOCK_N, F.DV, F.BLOCK_DV, F)
+    else:
+        q = load_rows(query_rows, query, batch, head, i0, rows, BLOCK_M, F.D, F.BLOCK_D, True, F)
+        k = load_rows(key_rows, key, batch, kv_head, j0, keys, BLOCK_N, F.D, F.BLOCK_D, True, F)
+        do = load_rows(
+            grad_rows, grad_output, batch, head, i0, rows, BLOCK_M, F.DV, F.BLOCK_DV, True, F
+        )
+        v = load_rows(
+            value_rows, value, batch, kv_head, j0, keys, BLOCK_N, F.DV, F.BLOCK_DV, True, F
+        )
+        score = tl.dot(q, k.T, input_precision=F.PRECISION)
+        dp = tl.dot(do, v.T, input_precision=F.PRECISION)
     row = i0 + tl.arange(0, BLOCK_M)
     start = padded_start(place, sizes, F)
     row_lse2 = tl.load(lse2 + start + row)
     row_delta = tl.load(delta + start + row)
-    score = tl.dot(q, k.T, input_precision=F.PRECISION)
-    dp = tl.dot(do, v.T, input_precision=F.PRECISION)
     i, j = row[:, None], (j0 + tl.arange(0, BLOCK_N))[None, :]
     p, _ = probabilities(score, row_lse2[:, None], i, j, place, terms, True, F)
     if F.DROPOUT:

@@ -9,6 +9,7 @@ import triton.language as tl
 
 from .attention_tile import (
     LOG2E,
+    Rows,
     at_head,
     exponent_unit,
     kept,
@@ -19,6 +20,7 @@ from .attention_tile import (
     narrow,
     offsets,
     query_blocks,
+    row_products,
     rows_of,
     store_rows,
     visible,
@@ -139,7 +141,7 @@ def score_gradient(p, dp, delta, keep, slope, terms, F: tl.constexpr):
 def add_queries(
     dk,  # (BLOCK_N, BLOCK_D)
     dv,  # (BLOCK_N, BLOCK_DV)
-    k,
+    k,  # tiles, or with F.PIECE Rows
     v,
     query_rows,
     grad_rows,
@@ -202,8 +204,14 @@ def add_queries(
             )
             row_lse2 = load_padded(lse2_rows, place.batch, head, i0, sizes, BLOCK_M, F)
             row_delta = load_padded(delta_rows, place.batch, head, i0, sizes, BLOCK_M, F)
-            score = tl.dot(k, q.T, input_precision=F.PRECISION)
-            dp = tl.dot(v, do.T, input_precision=F.PRECISION)
+            if F.PIECE > 0:
+                rows = Rows(query_rows, query, head, i0, place.seqlen_q)
+                score = row_products(k, rows, BLOCK_N, BLOCK_M, F.D, F.BLOCK_D, F)
+                rows = Rows(grad_rows, grad_output, head, i0, place.seqlen_q)
+                dp = row_products(v, rows, BLOCK_N, BLOCK_M, F.DV, F.BLOCK_DV, F)
+            else:
+                score = tl.dot(k, q.T, input_precision=F.PRECISION)
+                dp = tl.dot(v, do.T, input_precision=F.PRECISION)
             p, slope = probabilities(
                 score, row_lse2[None, :], row[None, :], j, here, terms, MASKED, F
             )
@@ -265,8 +273,14 @@ def attention_backward_key_kernel(
     )
     lse2_rows = padded_rows_of(lse2_rows, lse2, place, sizes, BLOCK_M, F)
     delta_rows = padded_rows_of(delta_rows, delta, place, sizes, BLOCK_M, F)
-    k = load_rows(key_rows, key, batch, kv_head, j0, keys, BLOCK_N, F.D, F.BLOCK_D, True, F)
-    v = load_rows(value_rows, value, batch, kv_head, j0, keys, BLOCK_N, F.DV, F.BLOCK_DV, True, F)
+    if F.PIECE > 0:
+        k = Rows(key_rows, key, kv_head, j0, keys)
+        v = Rows(value_rows, value, kv_head, j0, keys)
+    else:
+        k = load_rows(key_rows, key, batch, kv_head, j0, keys, BLOCK_N, F.D, F.BLOCK_D, True, F)
+        v = load_rows(
+            value_rows, value, batch, kv_head, j0, keys, BLOCK_N, F.DV, F.BLOCK_DV, True, F
+        )
     first, full, full_end, end = query_blocks(j0, place, terms, BLOCK_M, BLOCK_N, F)
 
     if (F.LEFT or F.RIGHT) and not SPLIT:
@@ -355,7 +369,7 @@ def attention_backward_key_kernel(
 @triton.jit
 def add_keys(
     dq,  # (BLOCK_M, BLOCK_D)
-    q,
+    q,  # tiles, or with F.PIECE Rows
     do,
     row_lse2,
     row_delta,
@@ -395,21 +409,27 @@ def add_keys(
                 MASKED,
                 F,
             )
-            v = load_rows(
-                value_rows,
-                value,
-                place.batch,
-                kv_head,
-                j0,
-                place.seqlen_k,
-                BLOCK_N,
-                F.DV,
-                F.BLOCK_DV,
-                MASKED,
-                F,
-            )
-            score = tl.dot(q, k.T, input_precision=F.PRECISION)
-            dp = tl.dot(do, v.T, input_precision=F.PRECISION)
+            if F.PIECE > 0:
+                rows = Rows(key_rows, key, kv_head, j0, place.seqlen_k)
+                score = row_products(q, rows, BLOCK_M, BLOCK_N, F.D, F.BLOCK_D, F)
+                rows = Rows(value_rows, value, kv_head, j0, place.seqlen_k)
+                dp = row_products(do, rows, BLOCK_M, BLOCK_N, F.DV, F.BLOCK_DV, F)
+            else:
+                v = load_rows(
+                    value_rows,
+                    value,
+                    place.batch,
+                    kv_head,
+                    j0,
+                    place.seqlen_k,
+                    BLOCK_N,
+                    F.DV,
+                    F.BLOCK_DV,
+                    MASKED,
+                    F,
+                )
+                score = tl.dot(q, k.T, input_precision=F.PRECISION)
+                dp = tl.dot(do, v.T, input_precision=F.PRECISION)
             p, slope = probabilities(score, row_lse2[:, None], i, j, place, terms, MASKED, F)
             keep = 1
             if F.DROPOUT:
@@ -462,10 +482,14 @@ def attention_backward_query_kernel(
     value_rows = rows_of(
         value_rows, value, batch, place.start_k, keys, kv_heads, BLOCK_N, F.DV, F.BLOCK_DV, F
     )
-    q = load_rows(query_rows, query, batch, head, i0, rows, BLOCK_M, F.D, F.BLOCK_D, True, F)
-    do = load_rows(
-        grad_rows, grad_output, batch, head, i0, rows, BLOCK_M, F.DV, F.BLOCK_DV, True, F
-    )
+    if F.PIECE > 0:
+        q = Rows(query_rows, query, head, i0, rows)
+        do = Rows(grad_rows, grad_output, head, i0, rows)
+    else:
+        q = load_rows(query_rows, query, batch, head, i0, rows, BLOCK_M, F.D, F.BLOCK_D, True, F)
+        do = load_rows(
+            grad_rows, grad_output, batch, head, i0, rows, BLOCK_M, F.DV, F.BLOCK_DV, True, F
+        )
     start = padded_start(place, sizes, F)
     i = i0 + tl.arange(0, BLOCK_M)
     row_lse2 = tl.load(lse2 + start + i)

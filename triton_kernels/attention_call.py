@@ -14,6 +14,8 @@ MAX_HEAD_DIM = 256
 LOG2E = 1.4426950408889634
 # Rows that backward prepares of each query are padded to a multiple of this, the largest block.
 ROW_PADDING = 128
+# Head dims of float32 above WHOLE are multiplied PIECE columns at a time.
+WHOLE, PIECE = 16, 32
 
 
 @dataclass(frozen=True)
@@ -161,12 +163,19 @@ class Call:
             BLOCK_D=common.power_of_2(head_dim, 16, 256),
             BLOCK_DV=common.power_of_2(value_dim, 16, 256),
             PRECISION=dot_precision(dtype),
+            PIECE=PIECE if self._in_pieces() else 0,
             PRECISE=exact,
             WIDE=common.needs_int64(*map(_extent, read), 0 if bias is None else _extent(bias)),
             UPCAST=common.INTERPRET,
         )
 
+    def _in_pieces(self) -> bool:
+        return self.query.dtype is torch.float32 and max(self.head_dims) > WHOLE
+
     def _loads(self, tensors: tuple[torch.Tensor, ...]) -> str:
+        # float32 tiles loaded as boxes are held in twice the registers. (The interpreter has none.)
+        if self._in_pieces() or (self.query.dtype is torch.float32 and not common.INTERPRET):
+            return "pointers"
         # Below 9.0 there is no TMA, and descriptors would be emulated.
         if not common.INTERPRET and common.capability(self.query)[0] < 9:
             return "pointers"

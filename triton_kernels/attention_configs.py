@@ -22,9 +22,7 @@ def forward_configs(
     if INTERPRET:
         return [_config(32, 16, 4, 1)]
     if dtype is torch.float32:
-        if width <= 64:
-            return [_config(64, 32, 4, 2)]
-        return [_config(32 if width <= 128 else 16, 16, 4, 1)]
+        return [_config(32, 32, 8, 1)]
     heavy = flags.BIAS != "none" or flags.DROPOUT
     if flags.LOADS == "pointers":
         if width <= 128:
@@ -54,9 +52,10 @@ def key_configs(flags: Flags, dtype: torch.dtype) -> list[Config]:
     width = max(flags.BLOCK_D, flags.BLOCK_DV)
     if INTERPRET:
         return [_backward(16, 32, 4, 1, width < 64)]
-    if dtype is torch.float32:
-        return [_backward(32, 32, 4, 1, False)]
     heavy = flags.BIAS != "none" or flags.DROPOUT
+    if dtype is torch.float32:
+        block_n = 16 if heavy and width > 128 else 32
+        return [_backward(16 if heavy or width > 64 else 32, block_n, 8, 1, False)]
     if flags.LOADS == "pointers":
         if width <= 64:
             return [_backward(32 if heavy else 64, 64, 8 if heavy else 4, 2, not heavy)]
@@ -76,9 +75,9 @@ def query_configs(flags: Flags, dtype: torch.dtype) -> list[Config]:
     width = max(flags.BLOCK_D, flags.BLOCK_DV)
     if INTERPRET:
         return [_backward(32, 16, 4, 1, width < 64)]
-    if dtype is torch.float32:
-        return [_backward(32, 32, 4, 1, False)]
     heavy = flags.BIAS != "none" or flags.DROPOUT
+    if dtype is torch.float32:
+        return [_backward(32, 32 if width <= 128 else 16, 8, 1, False)]
     if flags.LOADS == "pointers":
         if width <= 64:
             return [_backward(64, 64, 4, 2)]
@@ -96,7 +95,7 @@ def bias_configs(flags: Flags, dtype: torch.dtype) -> list[Config]:
     if INTERPRET:
         return [_config(16, 16, 4, 1)]
     if dtype is torch.float32:
-        return [_config(32, 32, 4, 1)]
+        return [_config(32, 32, 8, 1)]
     return [_config(64, 64, 8, 1)]
 
 
@@ -107,5 +106,5 @@ def decode_configs(flags: Flags, dtype: torch.dtype, rows: int) -> list[Config]:
         return [_config(16, 16, 4, 1)]
     block_m = power_of_2(rows, 16, 64 if width <= 128 else 32)
     if dtype is torch.float32:
-        return [_config(16, 32 if width <= 128 else 16, 4, 2)]
+        return [_config(16, 32, 4, 2) if width <= 128 else _config(16, 16, 8, 1)]
     return [_config(block_m, 64 if width <= 128 else 32, 4, 3)]

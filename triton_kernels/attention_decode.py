@@ -28,6 +28,7 @@ def decode(
     key: torch.Tensor | None,
     value: torch.Tensor | None,
     cache_seqlens: torch.Tensor | None,
+    cache_leftpad: torch.Tensor | None,
     block_table: torch.Tensor | None,
     rotary_cos: torch.Tensor | None,
     rotary_sin: torch.Tensor | None,
@@ -44,7 +45,8 @@ def decode(
 
     Caches: (batch, kv_heads, capacity, ...), or with block_table (batch, pages), int32, (pages in
     all, kv_heads, page size, ...). cache_seqlens: int32 (batch,), the keys filled before key and
-    value (batch, kv_heads, new, ...) are written behind them, None for the whole capacity. rotary_cos
+    value (batch, kv_heads, new, ...) are written behind them, None for the whole capacity.
+    cache_leftpad: int32 (batch,), the keys at the start that are not seen. rotary_cos
     and rotary_sin (positions, rotated / 2) turn new keys and queries. num_splits 0 chooses by the
     shapes; splits are joined in their order, so a number gives the same bits every time.
     """
@@ -77,7 +79,7 @@ def decode(
             _append(call, query, rotated, cache, rotary, step, into_cache=False)
             call = replace(call, query=rotated)
         appended = 0 if key is None else key.size(2)
-        _attend(call, cache, appended, num_splits, output, lse)
+        _attend(call, cache, cache_leftpad, appended, num_splits, output, lse)
     return output, lse
 
 
@@ -115,7 +117,7 @@ def _append(call, source, destination, cache, rotary, step, into_cache=True) -> 
     common.launch(attention_decode_append_kernel, [config], (), bind)
 
 
-def _attend(call, cache, appended, num_splits, output, lse) -> None:
+def _attend(call, cache, cache_leftpad, appended, num_splits, output, lse) -> None:
     query, options = call.query, call.options
     flags = call.flags()._replace(
         LOADS="pointers",
@@ -145,6 +147,7 @@ def _attend(call, cache, appended, num_splits, output, lse) -> None:
             "output_split": first.numel() if splits > 1 else 0,
             "lse": partial_lse,
             "lse_split": lse.numel(),
+            "cache_leftpad": cache_leftpad,
             "appended": appended,
             "splits": splits,
             "sizes": call.sizes(blocks),

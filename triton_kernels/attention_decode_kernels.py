@@ -108,6 +108,7 @@ def attention_decode_kernel(
     lse,  # (splits, batch, heads, seqlen_q)
     lse_split,
     cache_seqlens,  # (batch,)
+    cache_leftpad,  # the same, or None
     block_table,  # (batch, pages)
     table_row,
     capacity,
@@ -143,8 +144,12 @@ def attention_decode_kernel(
 
     # The blocks of keys that any of the queries sees, and of those this split's.
     low, high = 0, seqlen_k
+    padding = 0
+    if cache_leftpad is not None:
+        padding = tl.load(cache_leftpad + batch)
+        low = padding
     if F.LEFT:
-        low = tl.maximum(shift - terms.left, 0)
+        low = tl.maximum(shift - terms.left, low)
     if F.RIGHT:
         high = tl.minimum(high, sizes.seqlen_q + shift + terms.right)
     first = low // BLOCK_N
@@ -176,7 +181,7 @@ def attention_decode_kernel(
         total = tl.where(top == float("-inf"), 0.0, 1.0)
     for block in range(begin, end):
         position = block * BLOCK_N + tl.arange(0, BLOCK_N)
-        present = position < seqlen_k
+        present = (position < seqlen_k) & (position >= padding)
         offset = cache_offsets(
             key_cache, batch, kv_head, position, present, block_table, table_row, PAGE
         )
@@ -196,7 +201,10 @@ def attention_decode_kernel(
         score = tl.dot(q, narrow(k, key_cache.pointer, F).T, input_precision=F.PRECISION)
         j = position[None, :]
         logit, _ = logits(score, i[:, None], j, place, terms, F)
-        logit = tl.where(visible(i[:, None], j, place, terms, F), logit, float("-inf"))
+        seen = visible(i[:, None], j, place, terms, F)
+        if cache_leftpad is not None:
+            seen = seen & (j >= padding)
+        logit = tl.where(seen, logit, float("-inf"))
         new_top = tl.maximum(top, tl.max(logit, 1))
         reference = tl.where(new_top == float("-inf"), 0.0, new_top)
         p = tl.exp2(logit * unit - (reference * unit)[:, None])

@@ -11,6 +11,7 @@ import triton.language as tl
 from .attention_tile import (
     LN2,
     LOG2E,
+    Rows,
     exponent_unit,
     kept,
     key_blocks,
@@ -18,6 +19,7 @@ from .attention_tile import (
     locate,
     logits,
     narrow,
+    row_products,
     rows_of,
     store_rows,
     visible,
@@ -26,29 +28,34 @@ from .attention_tile import (
 
 @triton.jit
 def scores(
-    q,  # (BLOCK_M, BLOCK_D)
+    q,  # (BLOCK_M, BLOCK_D), or with F.PIECE Rows
     key_rows,
     key,
     place,
     j0,
     BOUNDED: tl.constexpr,
+    BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     F: tl.constexpr,
 ):
-    k = load_rows(
-        key_rows,
-        key,
-        place.batch,
-        place.head // F.GROUP,
-        j0,
-        place.seqlen_k,
-        BLOCK_N,
-        F.D,
-        F.BLOCK_D,
-        BOUNDED,
-        F,
-    )
-    return tl.dot(q, k.T, input_precision=F.PRECISION)
+    if F.PIECE > 0:
+        k = Rows(key_rows, key, place.head // F.GROUP, j0, place.seqlen_k)
+        return row_products(q, k, BLOCK_M, BLOCK_N, F.D, F.BLOCK_D, F)
+    else:
+        k = load_rows(
+            key_rows,
+            key,
+            place.batch,
+            place.head // F.GROUP,
+            j0,
+            place.seqlen_k,
+            BLOCK_N,
+            F.D,
+            F.BLOCK_D,
+            BOUNDED,
+            F,
+        )
+        return tl.dot(q, k.T, input_precision=F.PRECISION)
 
 
 @triton.jit
@@ -141,7 +148,7 @@ def walk(
     """Blocks end - 1 down to first; on entry and on exit the last block's values are still due."""
     for step in range(end - first):
         j0 = (end - 1 - step) * BLOCK_N
-        score = scores(q, key_rows, key, place, j0, MASKED, BLOCK_N, F)
+        score = scores(q, key_rows, key, place, j0, MASKED, acc.shape[0], BLOCK_N, F)
         # Block j + 1 may be the last one.
         acc = add_values(acc, p, rescale, value_rows, value, place, j0 + BLOCK_N, True, BLOCK_N, F)
         p, rescale, top, total = soften(score, top, total, place, sizes, terms, i0, j0, MASKED, F)
@@ -201,9 +208,12 @@ def attention_forward_kernel(
         F.BLOCK_DV,
         F,
     )
-    q = load_rows(
-        query_rows, query, batch, head, i0, place.seqlen_q, BLOCK_M, F.D, F.BLOCK_D, True, F
-    )
+    if F.PIECE > 0:
+        q = Rows(query_rows, query, head, i0, place.seqlen_q)
+    else:
+        q = load_rows(
+            query_rows, query, batch, head, i0, place.seqlen_q, BLOCK_M, F.D, F.BLOCK_D, True, F
+        )
     first, full, full_end, end = key_blocks(i0, place, terms, BLOCK_M, BLOCK_N, F)
 
     unit = exponent_unit(terms, F)
@@ -218,7 +228,7 @@ def attention_forward_kernel(
         total = tl.where(top == float("-inf"), 0.0, 1.0)
     if end > first:
         j0 = (end - 1) * BLOCK_N
-        score = scores(q, key_rows, key, place, j0, True, BLOCK_N, F)
+        score = scores(q, key_rows, key, place, j0, True, BLOCK_M, BLOCK_N, F)
         p, rescale, top, total = soften(score, top, total, place, sizes, terms, i0, j0, True, F)
         last = end - 1
         if F.RIGHT:

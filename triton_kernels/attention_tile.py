@@ -77,9 +77,20 @@ class Flags(NamedTuple):
     BLOCK_D: int
     BLOCK_DV: int
     PRECISION: str
+    PIECE: int  # columns of the head dim that a product of rows takes at a time, 0 for all
     PRECISE: bool  # tanh to float32's last bits
     WIDE: bool  # row offsets in 64 bits
     UPCAST: bool  # the interpreter multiplies no bfloat16
+
+
+class Rows(NamedTuple):
+    """Rows of one head, from `row` on; by pointers."""
+
+    view: Any
+    tensor: Any
+    head: Any
+    row: Any
+    rows: Any  # how many there are
 
 
 class Place(NamedTuple):
@@ -227,6 +238,41 @@ def load_rows(
     if F.UPCAST:
         tile = tile.to(tl.float32)
     return tile
+
+
+@triton.jit
+def row_products(
+    x,  # Rows
+    y,
+    BLOCK_X: tl.constexpr,
+    BLOCK_Y: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK_WIDTH: tl.constexpr,
+    F: tl.constexpr,
+):
+    """(BLOCK_X, BLOCK_Y): rows times rows, F.PIECE columns at a time.
+
+    Whole float32 tiles are held as their TF32 parts, which at head dim 128 is more than there are registers.
+    """
+    STEP: tl.constexpr = min(F.PIECE, BLOCK_WIDTH)
+    total = tl.zeros((BLOCK_X, BLOCK_Y), tl.float32)
+    for first in range(0, BLOCK_WIDTH, STEP):
+        a = load_columns(x, first, BLOCK_X, STEP, WIDTH, F)
+        b = load_columns(y, first, BLOCK_Y, STEP, WIDTH, F)
+        total = tl.dot(a, b.T, total, input_precision=F.PRECISION)
+    return total
+
+
+@triton.jit
+def load_columns(
+    x, first, BLOCK: tl.constexpr, STEP: tl.constexpr, WIDTH: tl.constexpr, F: tl.constexpr
+):
+    index = x.row + tl.arange(0, BLOCK)
+    column = first + tl.arange(0, STEP)
+    base = x.view + tl.cast(x.head, tl.int64) * x.tensor.head
+    pointers = base + offsets(index, x.tensor.row, F)[:, None] + column[None, :]
+    mask = (index < x.rows)[:, None] & (column < WIDTH)[None, :]
+    return tl.load(pointers, mask=mask, other=0.0)
 
 
 @triton.jit

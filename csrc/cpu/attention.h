@@ -104,6 +104,7 @@ struct AttentionDecode {
   const void* value_cache;  // (batch or pages, heads_kv, page, head_dim_v)
   HeadStrides key_strides, value_strides;
   const int64_t* seqlens;      // (batch,) keys of each sequence
+  const int32_t* leftpad;      // (batch,) keys at the start that nobody sees, or null
   const int32_t* block_table;  // (batch, most pages of a sequence), or null: sequence b is page b
   int64_t block_table_stride, page;
 

@@ -27,6 +27,7 @@ struct Cache {
   std::vector<int64_t> filled;
   const int32_t* block_table = nullptr;
   int64_t block_table_stride = 0;
+  const int32_t* leftpad = nullptr;
 
   // Element offset of a position of sequence b in a cache with these strides.
   int64_t at(const HeadStrides& strides, int64_t b, int64_t position) const {
@@ -42,7 +43,8 @@ void check_index(const char* name, const Tensor& t, const Tensor& query) {
 }
 
 Cache checked_cache(const Tensor& query, const Tensor& key_cache, const OptionalTensor& key,
-                    const OptionalTensor& cache_seqlens, const OptionalTensor& block_table) {
+                    const OptionalTensor& cache_seqlens, const OptionalTensor& cache_leftpad,
+                    const OptionalTensor& block_table) {
   Cache cache{};
   cache.batch = query.size(0);
   cache.capacity = cache.page = key_cache.size(2);
@@ -68,12 +70,20 @@ Cache checked_cache(const Tensor& query, const Tensor& key_cache, const Optional
   } else {
     STD_TORCH_CHECK(!key, "cache_seqlens: expected where the new key is to go, got None");
   }
+  if (cache_leftpad) {
+    check_index("cache_leftpad", *cache_leftpad, query);
+    check_shape("cache_leftpad", *cache_leftpad, {cache.batch});
+    cache.leftpad = static_cast<const int32_t*>(cache_leftpad->const_data_ptr());
+  }
   for (int64_t b = 0; b < cache.batch; ++b) {
     const int64_t end = cache.filled[b] + appended;
     STD_TORCH_CHECK(cache.filled[b] >= 0 && end <= cache.capacity,
                     "cache_seqlens: expected at least 0 and room for ", appended,
-                    " more within the cache's ", cache.capacity, ", got ", cache.filled[b],
-                    " for sequence ", b);
+                    " more within the ", cache.block_table ? "block_table's " : "cache's ",
+                    cache.capacity, ", got ", cache.filled[b], " for sequence ", b);
+    STD_TORCH_CHECK(!cache.leftpad || (cache.leftpad[b] >= 0 && cache.leftpad[b] <= end),
+                    "cache_leftpad: expected from 0 to the sequence's ", end, " keys, got ",
+                    cache.leftpad[b], " for sequence ", b);
     for (int64_t i = 0; cache.block_table && i * cache.page < end; ++i) {
       const int32_t block = cache.block_table[b * cache.block_table_stride + i];
       STD_TORCH_CHECK(block >= 0 && block < key_cache.size(0),
@@ -170,10 +180,10 @@ void prepare(const Rotary& rotary, const Cache& cache, const AttentionDecode& d,
 std::tuple<Tensor, Tensor> attention_decode_op(
     const Tensor& query, const Tensor& key_cache, const Tensor& value_cache,
     const OptionalTensor& key, const OptionalTensor& value, const OptionalTensor& cache_seqlens,
-    const OptionalTensor& block_table, const OptionalTensor& rotary_cos,
-    const OptionalTensor& rotary_sin, bool rotary_interleaved, const OptionalTensor& alibi_slopes,
-    const OptionalTensor& sinks, double scale, double softcap, int64_t window_left,
-    int64_t window_right, int64_t num_splits) {
+    const OptionalTensor& cache_leftpad, const OptionalTensor& block_table,
+    const OptionalTensor& rotary_cos, const OptionalTensor& rotary_sin, bool rotary_interleaved,
+    const OptionalTensor& alibi_slopes, const OptionalTensor& sinks, double scale, double softcap,
+    int64_t window_left, int64_t window_right, int64_t num_splits) {
   check_rank("query", query, 4);
   check_rank("key_cache", key_cache, 4);
   check_rank("value_cache", value_cache, 4);
@@ -217,7 +227,8 @@ std::tuple<Tensor, Tensor> attention_decode_op(
   d.sinks = options.sinks, d.scale = options.scale, d.softcap = options.softcap;
   d.window_left = window_left, d.window_right = window_right;
 
-  const Cache cache = checked_cache(query, key_cache, key, cache_seqlens, block_table);
+  const Cache cache =
+      checked_cache(query, key_cache, key, cache_seqlens, cache_leftpad, block_table);
   const int64_t appended = key ? key->size(2) : 0;
   Rotary rotary{};
   STD_TORCH_CHECK(rotary_cos.has_value() == rotary_sin.has_value(),
@@ -236,8 +247,10 @@ std::tuple<Tensor, Tensor> attention_decode_op(
     rotary.half = rotary_cos->size(1);
     STD_TORCH_CHECK(2 * rotary.half <= d.head_dim, "rotary_cos: expected at most ", d.head_dim / 2,
                     " columns, got ", rotary.half);
+    // Without a diagonal all queries stand at the first new position.
+    const int64_t apart = window_left >= 0 || window_right >= 0 ? d.seqlen_q : 1;
     for (int64_t b = 0; b < d.batch; ++b) {
-      const int64_t last = cache.filled[b] + std::max(appended, d.seqlen_q);
+      const int64_t last = cache.filled[b] + std::max(appended, apart);
       STD_TORCH_CHECK(last <= rotary_cos->size(0), "rotary_cos: expected at least ", last,
                       " positions, got ", rotary_cos->size(0));
     }
@@ -261,7 +274,7 @@ std::tuple<Tensor, Tensor> attention_decode_op(
   prepare_as(rotary, cache, d, query, key, value, rotated.data(), key_data, value_data);
 
   d.query = rotated.data(), d.key_cache = key_data, d.value_cache = value_data;
-  d.seqlens = seqlens.data();
+  d.seqlens = seqlens.data(), d.leftpad = cache.leftpad;
   d.block_table = cache.block_table, d.block_table_stride = cache.block_table_stride;
   d.page = std::max<int64_t>(1, cache.page);
   d.splits = choose_splits(d, longest, num_splits);

@@ -154,6 +154,7 @@ void run_split(const AttentionDecode& d, int64_t task) {
 
   int64_t key = split * d.split_keys;
   const int64_t end = min(seqlen_k, key + d.split_keys);
+  if (d.leftpad) key = max(key, static_cast<int64_t>(d.leftpad[b]));
   if (d.window_left >= 0) key = max(key, seqlen_k - d.seqlen_q - d.window_left);
   for (bool first = true; key < end; first = false) {
     const int64_t page = key / d.page, offset = key - page * d.page;

@@ -81,7 +81,8 @@ def main() -> None:
         vocab_size=len(tokenizer.words),
         max_position_embeddings=SEQLEN,
         **{"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4},
-        **{"hidden_dropout_prob": 0.0, "intermediate_size": 256},
+        **{"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0},
+        intermediate_size=256,
     )
     plain = BertForMaskedLM(config)
     train(plain, tokenizer(text), steps)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import pyops
 from pyops.bench.problem import Problem
@@ -148,12 +149,13 @@ def problem(notation: str, dtype: torch.dtype, device: torch.device, seed: int =
     matmul = 2.0 * pairs * (d + case.head_dim_v)
     nbytes = sum(t.numel() * t.element_size() for t in inputs.values())
     nbytes += b * h * s * case.head_dim_v * dtype.itemsize
-    eager = {} if _has_sdpa(case) and device.type == "cpu" else _flex(case)
+    plain = functools.partial(_sdpa if _has_sdpa(case) else _explicit, case, options)
     return Problem(
         *("attention", notation, inputs),
         functools.partial(pyops.attention, **options),
-        functools.partial(_sdpa if _has_sdpa(case) else _explicit, case, options),
-        baselines=eager,
+        plain,
+        baselines=_sdpa_backends(case, options, device),
+        compiled_baselines=_flex(case, device),
         leaves=leaves,
         flops=matmul,
         nbytes=nbytes,
@@ -207,6 +209,34 @@ def _sdpa(
     )
 
 
+# Those that torch has kernels for, by device; "eager" is the one that torch itself chooses.
+_SDPA_BACKENDS = {
+    "cpu": (SDPBackend.FLASH_ATTENTION, SDPBackend.MATH),
+    "cuda": (
+        *(SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION),
+        *(SDPBackend.CUDNN_ATTENTION, SDPBackend.MATH),
+    ),
+}
+
+
+def _sdpa_backends(
+    case: Case, options: dict[str, Any], device: torch.device
+) -> dict[str, Callable[..., Any]]:
+    """torch's function on each of its kernels, and the same in single steps; none where it lacks the options."""
+    if not _has_sdpa(case):
+        return {}
+
+    def on(backend: SDPBackend, **inputs: Tensor) -> Tensor:
+        with sdpa_kernel(backend):
+            return _sdpa(case, options, **inputs)
+
+    functions: dict[str, Callable[..., Any]] = {
+        f"sdpa {backend.name.lower()}": functools.partial(on, backend)
+        for backend in _SDPA_BACKENDS.get(device.type, ())
+    }
+    return functions | {"steps": functools.partial(_explicit, case, options)}
+
+
 def _distance(case: Case, device: torch.device) -> Tensor:
     i = torch.arange(case.seqlen_q, device=device)[:, None] + case.seqlen_k - case.seqlen_q
     return (i - torch.arange(case.seqlen_k, device=device)).abs()
@@ -240,15 +270,15 @@ def _explicit(
     return torch.softmax(scores, -1).nan_to_num(0.0) @ value
 
 
-def _flex(case: Case) -> dict[str, Callable[..., Any]]:
-    """FlexAttention, where its compiled kernels run and it has these options."""
-    if case.flags - {"causal"} or not torch.cuda.is_available():
+def _flex(case: Case, device: torch.device) -> dict[str, Callable[..., Any]]:
+    """FlexAttention, where it has these options. (On the CPU it has no backward.)"""
+    if case.flags - {"causal"} or device.type == "meta":
         return {}
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     compiled = torch.compile(flex_attention, dynamic=False)
     mask = None
-    if case.flags or case.window:
+    if case.flags or case.window is not None:
         shift, window = case.seqlen_k - case.seqlen_q, case.window
         causal = "causal" in case.flags
 
@@ -258,7 +288,8 @@ def _flex(case: Case) -> dict[str, Callable[..., Any]]:
                 visible = visible & (j >= i + shift - window[0]) & (j <= i + shift + window[1])
             return visible
 
-        mask = create_block_mask(seen, None, None, case.seqlen_q, case.seqlen_k)
+        sizes = (None, None, case.seqlen_q, case.seqlen_k)
+        mask = create_block_mask(seen, *sizes, device=device.type)
 
     def flex(query: Tensor, key: Tensor, value: Tensor) -> Any:
         gqa = case.heads != case.heads_kv

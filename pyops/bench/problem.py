@@ -34,6 +34,7 @@ class Problem:
         ours: takes `inputs` as keyword arguments and `backend`; returns a tensor or several.
         plain: the same in plain torch: the accuracy reference and, in float64, what is right.
         baselines: further functions to be timed, by name ("sdpa", ...); `plain` is timed as "eager".
+        compiled_baselines: those that are torch.compile's.
         wide: replaces `plain` for float64 inputs, where torch has no such thing.
         leaves: names of inputs with gradients; default: all floating-point ones.
         flops: operations of the forward; backward_flops: of the backward.
@@ -47,6 +48,7 @@ class Problem:
     ours: Callable[..., Any]
     plain: Callable[..., Any]
     baselines: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
+    compiled_baselines: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
     wide: Callable[..., Any] | None = None
     leaves: tuple[str, ...] | None = None
     flops: float = 0.0
@@ -243,6 +245,8 @@ def _baselines(
 ) -> tuple[dict[str, Callable[[], Any]], dict[str, str]]:
     """Plain torch, eager and compiled, and the problem's own; and which failed, and how."""
     functions = {"eager": problem.plain, **problem.baselines}
+    if options.compiled:
+        functions |= problem.compiled_baselines
     if options.compiled and problem.compiled:
         functions["compile"] = torch.compile(problem.plain, dynamic=False, fullgraph=True)
         if options.device.type == "cuda":

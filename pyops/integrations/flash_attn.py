@@ -9,6 +9,7 @@ Source of the interface: github.com/Dao-AILab/flash-attention, version 2.8.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,9 +18,10 @@ from torch import Tensor
 from ..ops.attention import attention
 from ..ops.attention_decode import attention_decode
 from ..ops.attention_varlen import attention_varlen
+from .flash_attn_masks import DropoutSigns, packed_pages
 
-Window = tuple[int | None, int | None]
-Result = Tensor | tuple[Tensor, Tensor, None]
+Window = Sequence[int | None] | Tensor
+Result = Tensor | tuple[Tensor, Tensor, Tensor]
 
 
 def flash_attn_func(
@@ -42,32 +44,42 @@ def flash_attn_func(
         k, v: (batch, seqlen_k, heads_kv, head_dim); heads_kv divides heads.
         softmax_scale: None means ``head_dim ** -0.5``.
         causal: the last query sees the last key.
-        window_size: keys before and after the diagonal; negative or None is unlimited.
+        window_size: keys before and after the diagonal, two numbers or a tensor of two; negative or None is
+            unlimited.
         softcap: 0 or less leaves the scores.
         alibi_slopes: (heads,) or (batch, heads), float32.
         deterministic: results never depend on anything but the inputs, whatever it says.
-        return_attn_probs: return (output, lse, None): the probabilities are never stored.
+        return_attn_probs: return (output, lse, S_dmask), for tests of dropout.
 
     Returns:
-        (batch, seqlen_q, heads, head_dim); lse is (batch, heads, seqlen_q), float32, natural log.
+        (batch, seqlen_q, heads, head_dim); lse is (batch, heads, seqlen_q), float32, natural log. S_dmask, computed
+        apart in plain torch, is empty without dropout, else (batch, heads, seqlen_q, seqlen_k) in q's dtype:
+        exp(score - the row's greatest), negative where dropout has dropped it.
 
     Raises:
         TypeError, ValueError: as :func:`pyops.attention`, whose ``query``, ``key``, ``value`` and ``scale`` these are.
     """
+    tensors = heads_outside(q, k, v)
+    scores: Any = {
+        "causal": causal,
+        "scale": softmax_scale,
+        "window": window(window_size),
+        "softcap": max(softcap, 0.0),
+        "dropout_p": dropout_p,
+    }
+    signs = DropoutSigns(q, dropout_p) if return_attn_probs else None
     result: Any = attention(
-        *heads_outside(q, k, v),
-        causal=causal,
-        scale=softmax_scale,
+        *tensors,
+        **scores,
         alibi_slopes=alibi_slopes,
-        window=window(window_size),
-        softcap=max(softcap, 0.0),
-        dropout_p=dropout_p,
         deterministic=deterministic,
         return_lse=True,
     )
     output, lse = result
     output = output.transpose(1, 2).contiguous()
-    return (output, lse, None) if return_attn_probs else output
+    if signs is None:
+        return output
+    return output, lse, signs.dense(*tensors[:2], alibi_slopes, scores)
 
 
 def flash_attn_qkvpacked_func(
@@ -131,33 +143,36 @@ def flash_attn_varlen_func(
         q: (total_q, heads, head_dim); k, v: (total_k, heads_kv, head_dim).
         cu_seqlens_q, cu_seqlens_k: (batch + 1,) int32: where each sequence starts and the last ends.
         max_seqlen_q, max_seqlen_k: length of the longest.
-        block_table: not supported; for a paged cache use :func:`flash_attn_with_kvcache`.
+        block_table: (batch, max_blocks) int32, and then k, v: (blocks, block_size, heads_kv, head_dim): the keys are
+            copied out of the pages first, so for few queries :func:`flash_attn_with_kvcache` is faster.
 
     The other arguments are those of :func:`flash_attn_func`.
 
     Returns:
-        (total_q, heads, head_dim); lse is (heads, total_q).
+        (total_q, heads, head_dim); lse is (heads, total_q), S_dmask (batch, heads, max_seqlen_q, max_seqlen_k).
     """
-    refuse(block_table=block_table)
+    if block_table is not None:
+        k, v = packed_pages(k, v, cu_seqlens_k, block_table)
+    lengths: Any = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    scores: Any = {
+        "causal": causal,
+        "scale": softmax_scale,
+        "window": window(window_size),
+        "softcap": max(softcap, 0.0),
+        "dropout_p": dropout_p,
+    }
+    signs = DropoutSigns(q, dropout_p) if return_attn_probs else None
     result: Any = attention_varlen(
-        q,
-        k,
-        v,
-        cu_seqlens_q,
-        cu_seqlens_k,
-        max_seqlen_q,
-        max_seqlen_k,
-        causal=causal,
-        scale=softmax_scale,
+        *(q, k, v, *lengths),
+        **scores,
         alibi_slopes=alibi_slopes,
-        window=window(window_size),
-        softcap=max(softcap, 0.0),
-        dropout_p=dropout_p,
         deterministic=deterministic,
         return_lse=True,
     )
     output, lse = result
-    return (output, lse, None) if return_attn_probs else output
+    if signs is None:
+        return output
+    return output, lse, signs.packed(q, k, lengths, alibi_slopes, scores)
 
 
 def flash_attn_varlen_qkvpacked_func(
@@ -234,8 +249,8 @@ def flash_attn_with_kvcache(
         rotary_cos, rotary_sin: (positions, rotary_dim / 2).
         cache_seqlens: (batch,) int32 or an int: what was in the cache before; None is all of it.
         cache_batch_idx: (batch,) int32: which entry of the caches is each sequence's; distinct where k is given.
-        cache_leftpad: not supported.
-        block_table: (batch, max_blocks) int32; not together with ``cache_batch_idx``.
+        cache_leftpad: (batch,) int32: keys before it are not seen.
+        block_table: (batch, max_blocks) int32; with ``cache_batch_idx`` that chooses among its rows.
         num_splits: among how many parts of the keys the work is split; 0 chooses.
 
     The other arguments are those of :func:`flash_attn_func`. There is no gradient.
@@ -243,11 +258,10 @@ def flash_attn_with_kvcache(
     Returns:
         (batch, seqlen_q, heads, head_dim); with ``return_softmax_lse`` also lse, (batch, heads, seqlen_q).
     """
-    refuse(cache_leftpad=cache_leftpad)
     if cache_batch_idx is not None:
-        if block_table is not None:
-            raise ValueError("cache_batch_idx: expected None with a block_table")
-        block_table = cache_batch_idx[:, None]  # a cache is a page as long as it is
+        # Without a table, a cache is a page as long as it is.
+        rows = cache_batch_idx[:, None] if block_table is None else block_table
+        block_table = rows if block_table is None else rows[cache_batch_idx.long()]
     query, k_cache, v_cache = heads_outside(q, k_cache, v_cache)
     key, value = (None if t is None else t.transpose(1, 2) for t in (k, v))
     result: Any = attention_decode(
@@ -257,6 +271,7 @@ def flash_attn_with_kvcache(
         key=key,
         value=value,
         cache_seqlens=cache_seqlens,
+        cache_leftpad=cache_leftpad,
         block_table=block_table,
         rotary_cos=rotary_cos,
         rotary_sin=rotary_sin,
@@ -300,6 +315,8 @@ def unpack(name: str, packed: Tensor, dim: int, count: int) -> Any:
 
 def window(window_size: Any) -> Any:
     """pyops.attention's window; what is no pair is left for its check to refuse."""
+    if isinstance(window_size, torch.Tensor):
+        window_size = window_size.tolist()
     if not isinstance(window_size, (tuple, list)):
         return window_size
     return tuple(None if side is None or side < 0 else side for side in window_size)

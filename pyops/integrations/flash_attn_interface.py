@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..ops.attention import merge_attention
+from ..ops.attention import attention, merge_attention
 from . import flash_attn as version2
 from .flash_attn import Window, refuse
+from .flash_attn_masks import same_chunk, used_rows
 
 Result = Tensor | tuple[Tensor, Tensor]
 
@@ -41,13 +42,26 @@ def flash_attn_func(
 ) -> Result:
     """:func:`pyops.integrations.flash_attn.flash_attn_func` without dropout and ALiBi.
 
-    v may have a head_dim of its own. ``qv``, ``q_descale``, ``k_descale``, ``v_descale`` and ``attention_chunk`` are
-    not supported. With ``return_attn_probs``: (output, lse).
+    v may have a head_dim of its own. With ``attention_chunk`` a query sees the keys of the chunk of so many that its
+    diagonal lies in, by a mask of (seqlen_q, seqlen_k). ``qv``, ``q_descale``, ``k_descale`` and ``v_descale`` are not
+    supported. With ``return_attn_probs``: (output, lse).
     """
     refuse(qv=qv, q_descale=q_descale, k_descale=k_descale, v_descale=v_descale)
-    refuse(attention_chunk=attention_chunk)
-    options: Any = (0.0, softmax_scale, causal, window_size, softcap, None, deterministic, True)
-    output, lse, _ = version2.flash_attn_func(q, k, v, *options)
+    query, key, value = version2.heads_outside(q, k, v)
+    chunks = None
+    if attention_chunk > 0:
+        chunks = same_chunk(q.shape[1], k.shape[1], attention_chunk, q.device)
+    result: Any = attention(
+        *(query, key, value),
+        causal=causal,
+        scale=softmax_scale,
+        bias=chunks,
+        window=version2.window(window_size),
+        softcap=max(softcap, 0.0),
+        deterministic=deterministic,
+        return_lse=True,
+    )
+    output, lse = result[0].transpose(1, 2).contiguous(), result[1]
     return (output, lse) if return_attn_probs else output
 
 
@@ -121,13 +135,25 @@ def flash_attn_varlen_func(
 ) -> Result:
     """:func:`pyops.integrations.flash_attn.flash_attn_varlen_func`; with ``return_attn_probs``: (output, lse).
 
-    ``seqused_q``, ``seqused_k`` and what :func:`flash_attn_func` does not support are not supported.
+    ``seqused_q``, ``seqused_k``: (batch,) int32, how many rows of each sequence count; the other queries give 0, lse
+    -inf. The rows that count are copied together first. ``attention_chunk`` and what :func:`flash_attn_func` does not
+    support are not supported.
     """
-    refuse(seqused_q=seqused_q, seqused_k=seqused_k, attention_chunk=attention_chunk)
+    refuse(attention_chunk=attention_chunk)
     refuse(qv=qv, q_descale=q_descale, k_descale=k_descale, v_descale=v_descale)
+    total, rows = q.shape[0], None
+    if seqused_q is not None:
+        rows, cu_seqlens_q = used_rows("q", cu_seqlens_q, seqused_q)
+        q = q[rows]
+    if seqused_k is not None:
+        keys, cu_seqlens_k = used_rows("k", cu_seqlens_k, seqused_k)
+        k, v = k[keys], v[keys]
     lengths: Any = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     options: Any = (0.0, softmax_scale, causal, window_size, softcap, None, deterministic, True)
     output, lse, _ = version2.flash_attn_varlen_func(q, k, v, *lengths, *options)
+    if rows is not None:
+        output = output.new_zeros((total, *output.shape[1:])).index_copy(0, rows, output)
+        lse = lse.new_full((lse.shape[0], total), -torch.inf).index_copy(1, rows, lse)
     return (output, lse) if return_attn_probs else output
 
 
@@ -165,11 +191,13 @@ def flash_attn_with_kvcache(
 ) -> Result:
     """:func:`pyops.integrations.flash_attn.flash_attn_with_kvcache`; ``page_table`` is its ``block_table``.
 
-    ``cu_seqlens_q``, ``cu_seqlens_k_new``, ``rotary_seqlens``, ``cache_leftpad`` and what :func:`flash_attn_func`
-    does not support are not supported.
+    ``cu_seqlens_q``, ``cu_seqlens_k_new``, ``attention_chunk``, ``rotary_seqlens`` other than ``cache_seqlens`` and
+    what :func:`flash_attn_func` does not support are not supported.
     """
     refuse(cu_seqlens_q=cu_seqlens_q, cu_seqlens_k_new=cu_seqlens_k_new)
-    refuse(rotary_seqlens=rotary_seqlens, attention_chunk=attention_chunk)
+    refuse(attention_chunk=attention_chunk)
+    if rotary_cos is not None and rotary_seqlens is not cache_seqlens:
+        refuse(rotary_seqlens=rotary_seqlens)
     refuse(qv=qv, q_descale=q_descale, k_descale=k_descale, v_descale=v_descale)
     tensors: Any = (q, k_cache, v_cache, k, v, rotary_cos, rotary_sin)
     where: Any = (cache_seqlens, cache_batch_idx, cache_leftpad, page_table)
@@ -177,6 +205,10 @@ def flash_attn_with_kvcache(
     return version2.flash_attn_with_kvcache(
         *(*tensors, *where, *scores, num_splits, return_softmax_lse)
     )
+
+
+def get_scheduler_metadata(*arguments: Any, **options: Any) -> None:
+    """What FlashAttention-3 prepares for ``scheduler_metadata``: nothing here."""
 
 
 def flash_attn_combine(
@@ -189,7 +221,7 @@ def flash_attn_combine(
 
     Args:
         out_partial: (num_splits, batch, seqlen, heads, head_dim).
-        lse_partial: (num_splits, batch, seqlen, heads).
+        lse_partial: (num_splits, batch, seqlen, heads). Any strides, both.
         out: where to write the result, (batch, seqlen, heads, head_dim); None is a new tensor.
         out_dtype: of a new tensor; None is ``out_partial``'s.
 

@@ -25,6 +25,7 @@ def attention_decode(
     key: Tensor | None = None,
     value: Tensor | None = None,
     cache_seqlens: int | Tensor | None = None,
+    cache_leftpad: Tensor | None = None,
     block_table: Tensor | None = None,
     rotary_cos: Tensor | None = None,
     rotary_sin: Tensor | None = None,
@@ -41,8 +42,8 @@ def attention_decode(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Append to a key/value cache, rotate, and attend to all that is in it.
 
-    Sequence b attends to its first ``cache_seqlens[b] + seqlen_new`` keys; the last query's diagonal is the last of
-    them. There is no gradient.
+    Sequence b attends to its first ``cache_seqlens[b] + seqlen_new`` keys, less those before ``cache_leftpad[b]``;
+    the last query's diagonal is the last of them. There is no gradient.
 
     Args:
         query: (batch, heads, seqlen_q, head_dim); float32, bfloat16, float16 or float64.
@@ -53,6 +54,7 @@ def attention_decode(
         value: (batch, heads_kv, seqlen_new, v_head_dim), None where ``key`` is.
         cache_seqlens: (batch,) int32 or an int: how much of the cache was filled before this call; None means
             all of it, and then nothing can be appended.
+        cache_leftpad: (batch,) int32: positions before it hold nothing and are not seen; None means 0.
         block_table: (batch, max_blocks) int32: the blocks of each sequence in order; entries after the last
             that is needed are not looked at.
         rotary_cos, rotary_sin: (positions, rotary_dim / 2): query and key are rotated by their positions before
@@ -70,7 +72,8 @@ def attention_decode(
 
     Raises:
         TypeError, ValueError, RuntimeError: naming the argument, what was expected and what came; nothing
-            has been written then. On a GPU the values of ``cache_seqlens`` and ``block_table`` are not checked.
+            has been written then. On a GPU the values of ``cache_seqlens``, ``cache_leftpad`` and
+            ``block_table`` are not checked.
 
     Source: Dao et al., "Flash-Decoding for long-context inference", 2023; Kwon et al., "Efficient Memory Management for
     Large Language Model Serving with PagedAttention", 2023.
@@ -80,7 +83,7 @@ def attention_decode(
             (query.shape[0],), cache_seqlens, dtype=torch.int32, device=query.device
         )
     tensors: tuple[Any, ...] = (
-        *(query, key_cache, value_cache, key, value, cache_seqlens, block_table),
+        *(query, key_cache, value_cache, key, value, cache_seqlens, cache_leftpad, block_table),
         *(rotary_cos, rotary_sin, alibi_slopes, sinks),
     )
     options = (rotary_interleaved, causal, scale, window, softcap, num_splits, return_lse)
@@ -104,7 +107,7 @@ def attention_decode(
             (facts, options, backend), options, lambda: _plan(tensors, options, backend)
         )
     use, spec = plan
-    query, _, _, key, value, *indices_and_tables = tensors[:9]
+    query, _, _, key, value, *indices_and_tables = tensors[:10]
     inputs: tuple[Any, ...] = (
         *(checks.unit_last(query), key_cache, value_cache),
         *(None if t is None else checks.unit_last(t) for t in (key, value)),
@@ -113,7 +116,7 @@ def attention_decode(
         *(checks.per_head(alibi_slopes), checks.per_head(sinks)),
     )
     if use == "reference":
-        _check_values(*inputs[:8])
+        _check_values(spec, *inputs[:9])
         output, lse = reference.attention_decode(*(*inputs, spec))
     else:
         windows = (spec.window_left, spec.window_right)
@@ -133,8 +136,8 @@ _plans = Plans()
 def _plan(tensors: tuple[Any, ...], options: tuple[Any, ...], backend: str | None) -> _Plan:
     """Check and normalise everything that does not depend on the tensors' contents."""
     _check_tensors(*tensors)
-    (query, key_cache, value_cache, key, value, cache_seqlens, block_table) = tensors[:7]
-    rotary_cos, rotary_sin, alibi_slopes, sinks = tensors[7:]
+    (query, key_cache, value_cache, key, value, cache_seqlens, cache_leftpad) = tensors[:7]
+    block_table, rotary_cos, rotary_sin, alibi_slopes, sinks = tensors[7:]
     first = "batch" if block_table is None else "blocks"
     third = "capacity" if block_table is None else "block_size"
     checks.check_rank("query", query, ("batch", "heads", "seqlen_q", "head_dim"))
@@ -158,12 +161,11 @@ def _plan(tensors: tuple[Any, ...], options: tuple[Any, ...], backend: str | Non
         if cache.stride(-1) != 1 and cache.shape[-1] > 1:  # a copy could not be written to
             raise ValueError(f"{name}: expected a last stride of 1, got strides {cache.stride()}")
     _check_new(query, key_cache, value_cache, key, value, cache_seqlens)
-    if cache_seqlens is not None:
-        checks.check_index("cache_seqlens", cache_seqlens, query)
-        if tuple(cache_seqlens.shape) != (batch,):
-            raise ValueError(
-                f"cache_seqlens: expected shape ({batch},), got {tuple(cache_seqlens.shape)}"
-            )
+    for name, index in (("cache_seqlens", cache_seqlens), ("cache_leftpad", cache_leftpad)):
+        if index is not None:
+            checks.check_index(name, index, query)
+            if tuple(index.shape) != (batch,):
+                raise ValueError(f"{name}: expected shape ({batch},), got {tuple(index.shape)}")
     if block_table is not None:
         checks.check_index("block_table", block_table, query)
         if block_table.dim() != 2 or block_table.shape[0] != batch:
@@ -186,8 +188,8 @@ def _plan(tensors: tuple[Any, ...], options: tuple[Any, ...], backend: str | Non
 
 
 _NAMES = (
-    *("query", "key_cache", "value_cache", "key", "value", "cache_seqlens", "block_table"),
-    *("rotary_cos", "rotary_sin", "alibi_slopes", "sinks"),
+    *("query", "key_cache", "value_cache", "key", "value", "cache_seqlens", "cache_leftpad"),
+    *("block_table", "rotary_cos", "rotary_sin", "alibi_slopes", "sinks"),
 )
 
 
@@ -261,12 +263,14 @@ def _check_rotary(
 
 
 def _check_values(
+    spec: AttentionSpec,
     query: Tensor,
     key_cache: Tensor,
     value_cache: Tensor,
     key: Tensor | None,
     value: Tensor | None,
     cache_seqlens: Tensor | None,
+    cache_leftpad: Tensor | None,
     block_table: Tensor | None,
     rotary_cos: Tensor | None,
 ) -> None:
@@ -275,14 +279,23 @@ def _check_values(
     capacity = block_size if block_table is None else block_table.shape[1] * block_size
     appended = 0 if key is None else key.shape[2]
     filled = [capacity] * query.shape[0] if cache_seqlens is None else cache_seqlens.tolist()
+    leftpad = [0] * query.shape[0] if cache_leftpad is None else cache_leftpad.tolist()
+    # Without a diagonal all queries stand at the first new position.
+    apart = query.shape[2] if spec.window_left >= 0 or spec.window_right >= 0 else 1
+    whose = "cache's" if block_table is None else "block_table's"
     for b, length in enumerate(filled):
         if length < 0 or length + appended > capacity:
             raise ValueError(
-                f"cache_seqlens: expected at least 0 and room for {appended} more within the cache's "
+                f"cache_seqlens: expected at least 0 and room for {appended} more within the {whose} "
                 f"{capacity}, got {length} for sequence {b}"
             )
+        if not 0 <= leftpad[b] <= length + appended:
+            raise ValueError(
+                f"cache_leftpad: expected from 0 to the sequence's {length + appended} keys, got "
+                f"{leftpad[b]} for sequence {b}"
+            )
         if rotary_cos is not None:
-            last = length + max(appended, query.shape[2])
+            last = length + max(appended, apart)
             if last > rotary_cos.shape[0]:
                 raise ValueError(
                     f"rotary_cos: expected at least {last} positions, got {rotary_cos.shape[0]}"

@@ -6,6 +6,7 @@ Differentiable to any order; rows with nothing to attend to give 0, lse -inf and
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -72,13 +73,35 @@ def attention(
     For dropout, batch element b counts as number first + b.
     """
     batch, heads, seqlen_q, _ = query.shape
+    dtype = compute_dtype(query.dtype)
+    scores = masked_scores(query, key, bias, alibi_slopes, spec)
+    probabilities, lse = softmax_with_lse(scores, None if sinks is None else sinks.to(dtype))
+    if rng_state is not None:
+        keep = dropout_keep(rng_state, scores.shape, spec.dropout_p, first)
+        probabilities = probabilities * keep.to(dtype) / (1 - spec.dropout_p)
+    output = _grouped(probabilities, key.shape[1]) @ value.to(dtype)
+    output = output.reshape(batch, heads, seqlen_q, value.shape[3]).to(query.dtype)
+    return in_layout_of(query, output), lse
+
+
+def _grouped(tensor: Tensor, heads_kv: int) -> Tensor:
+    """The queries of one key/value head under each other."""
+    batch, heads, seqlen_q, width = tensor.shape
+    return tensor.reshape(batch, heads_kv, heads // heads_kv * seqlen_q, width)
+
+
+def masked_scores(
+    query: Tensor,
+    key: Tensor,
+    bias: Tensor | None,
+    alibi_slopes: Tensor | None,
+    spec: AttentionSpec,
+) -> Tensor:
+    """What softmax is taken of: (batch, heads, seqlen_q, seqlen_k), -inf where nothing is seen."""
+    batch, heads, seqlen_q, _ = query.shape
     heads_kv, seqlen_k = key.shape[1:3]
     dtype = compute_dtype(query.dtype)
-
-    def grouped(t: Tensor) -> Tensor:  # the queries of one key/value head under each other
-        return t.reshape(batch, heads_kv, heads // heads_kv * seqlen_q, t.shape[3])
-
-    scores = grouped(query.to(dtype)) @ key.to(dtype).transpose(2, 3) * spec.scale
+    scores = _grouped(query.to(dtype), heads_kv) @ key.to(dtype).transpose(2, 3) * spec.scale
     scores = scores.reshape(batch, heads, seqlen_q, seqlen_k)
     if spec.softcap > 0:
         scores = torch.tanh(scores / spec.softcap) * spec.softcap
@@ -92,14 +115,7 @@ def attention(
         scores = scores + bias.to(dtype)
     if spec.window_left >= 0 or spec.window_right >= 0:
         hidden = hidden | ~visible(seqlen_q, seqlen_k, spec, query.device)
-    scores = scores.masked_fill(hidden, float("-inf"))
-    probabilities, lse = softmax_with_lse(scores, None if sinks is None else sinks.to(dtype))
-    if rng_state is not None:
-        keep = dropout_keep(rng_state, (batch, heads, seqlen_q, seqlen_k), spec.dropout_p, first)
-        probabilities = probabilities * keep.to(dtype) / (1 - spec.dropout_p)
-    output = grouped(probabilities) @ value.to(dtype)
-    output = output.reshape(batch, heads, seqlen_q, value.shape[3]).to(query.dtype)
-    return in_layout_of(query, output), lse
+    return scores.masked_fill(hidden, float("-inf"))
 
 
 def in_layout_of(query: Tensor, output: Tensor) -> Tensor:
@@ -130,7 +146,7 @@ def softmax_with_lse(scores: Tensor, sinks: Tensor | None = None) -> tuple[Tenso
 
 
 def dropout_keep(
-    rng_state: Tensor, shape: tuple[int, int, int, int], dropout_p: float, first: int = 0
+    rng_state: Tensor, shape: Sequence[int], dropout_p: float, first: int = 0
 ) -> Tensor:
     """(batch, heads, seqlen_q, seqlen_k) bool: the probabilities that dropout keeps.
 
@@ -148,7 +164,7 @@ def dropout_keep(
         key=(seed & _WORD, (seed >> 32) & _WORD),
     )
     bits = torch.stack(words, -1).flatten(2)[..., :seqlen_k]
-    return (bits >= dropout_threshold(dropout_p)).view(shape)
+    return (bits >= dropout_threshold(dropout_p)).view(*shape)
 
 
 def dropout_threshold(dropout_p: float) -> int:

@@ -15,6 +15,7 @@ def attention_decode(
     key: Tensor | None,
     value: Tensor | None,
     cache_seqlens: Tensor | None,
+    cache_leftpad: Tensor | None,
     block_table: Tensor | None,
     rotary_cos: Tensor | None,
     rotary_sin: Tensor | None,
@@ -32,6 +33,7 @@ def attention_decode(
             filled = [block_table.shape[1] * key_cache.shape[2]] * batch
     else:
         filled = cache_seqlens.tolist()
+    leftpad = [0] * batch if cache_leftpad is None else cache_leftpad.tolist()
     # Without a diagonal all queries stand at the first new position.
     step = int(spec.window_left >= 0 or spec.window_right >= 0)
     outputs, lses = [], []
@@ -48,7 +50,7 @@ def attention_decode(
                 added = rotate(added, rotary_cos, rotary_sin, new, rotary_interleaved)
             place.write(key_cache, new, added)
             place.write(value_cache, new, value[b])
-        everything = torch.arange(filled[b] + appended, device=query.device)
+        everything = torch.arange(leftpad[b], filled[b] + appended, device=query.device)
         slopes = alibi_slopes
         if alibi_slopes is not None and alibi_slopes.dim() == 2:
             slopes = alibi_slopes[b]

@@ -66,7 +66,7 @@ class Case:
             **options,
         )
 
-    def expected(self, query=None, new=None, **options):
+    def expected(self, query=None, new=None, leftpad=(0, 0, 0), **options):
         """((output, lse) in the dtype, the same in float64) by plain torch on dense keys."""
         query = self.query if query is None else query
         new = self.new if new is None else new
@@ -75,6 +75,7 @@ class Case:
             keys = [t[b : b + 1, :, :length] for t in self.dense]
             if new is not None:
                 keys = [torch.cat((t, n[b : b + 1]), 2) for t, n in zip(keys, new, strict=True)]
+            keys = [t[:, :, leftpad[b] :] for t in keys]
             one = (query[b : b + 1], *keys)
             each.append((plain(*one, **options), plain(*map(exact, one), **options)))
         lowp, best = zip(*each, strict=True)
@@ -130,6 +131,22 @@ def test_values(paged, name, seqlen_q, seqlen_new, dtype, backend):
 
 
 @BOTH
+@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("seqlen_q", [1, 5])
+def test_leftpad(seqlen_q, name, backend):
+    case = Case(name == "causal", 3, seqlen_q)
+    leftpad = (4, 3, 17)  # of the second sequence everything
+    for cache, dense in zip(case.caches, case.dense, strict=True):
+        for b, count in enumerate(leftpad[: 0 if case.block_table is not None else 3]):
+            cache[b, :, : min(count, LENGTHS[b])] = torch.nan
+            dense[b, :, : min(count, LENGTHS[b])] = torch.nan
+    expected = case.expected(leftpad=leftpad, **OPTIONS[name])
+    options = {"cache_leftpad": torch.tensor(leftpad, dtype=torch.int32), **OPTIONS[name]}
+    for splits in (0, 2):
+        assert_right(case.call(backend, num_splits=splits, **options), expected)
+
+
+@BOTH
 @pytest.mark.parametrize("heads_kv, d, dv", [(1, 64, 64), (4, 59, 7), (2, 128, 128)])
 def test_heads_and_head_dims(heads_kv, d, dv, backend):
     case = Case(True, 2, 2, heads_kv=heads_kv, d=d, dv=dv)
@@ -165,6 +182,20 @@ def test_rotary(rotary_dim, causal, interleaved, backend):
     for b, length in enumerate(LENGTHS):
         written = case.gathered()[0][b, :, length : length + 3]
         torch.testing.assert_close(written, key[b], rtol=1e-5, atol=1e-5)
+
+
+@BOTH
+def test_rotary_needs_the_positions_in_use(backend):
+    longest = max(LENGTHS)
+    angles = randn(longest + 4, 4)
+    for causal, new, needed in ((False, 0, 1), (False, 3, 3), (True, 0, 4), (True, 3, 4)):
+        tables = {"rotary_cos": angles[: longest + needed].cos()}
+        tables["rotary_sin"] = angles[: longest + needed].sin()
+        case = Case(False, new, 4)
+        assert case.call(backend, causal=causal, **tables)[0].isfinite().any()
+        tables = {name: table[:-1] for name, table in tables.items()}
+        with pytest.raises((ValueError, RuntimeError), match=f"rotary_cos: .*{longest + needed}"):
+            case.call(backend, causal=causal, **tables)
 
 
 def test_rotation_by_zero_and_its_inverse():
@@ -243,7 +274,7 @@ def test_compile_and_fake(backend):
     if backend == "reference":
         out = torch.ops.pyops.attention_decode(
             *(t.to("meta") for t in (Case(False).query, *Case(False).caches)),
-            *(None,) * 6, False, None, None, 1.0, 0.0, -1, -1, 0,
+            *(None,) * 7, False, None, None, 1.0, 0.0, -1, -1, 0,
         )  # fmt: skip
         assert [t.shape for t in out] == [(3, 4, 1, 24), (3, 4, 1)]
         return
@@ -298,6 +329,8 @@ BAD = {
     "no lengths": ({"cache_seqlens": None}, "cache_seqlens: .*new key"),
     "lengths int64": ({"cache_seqlens": ints(1, 2, 3).long()}, "cache_seqlens: .*int32"),
     "number of lengths": ({"cache_seqlens": ints(1, 2)}, r"cache_seqlens: .*\(3,\)"),
+    "leftpad int64": ({"cache_leftpad": ints(1, 2, 3).long()}, "cache_leftpad: .*int32"),
+    "number of leftpads": ({"cache_leftpad": ints(1, 2)}, r"cache_leftpad: .*\(3,\)"),
     "shape of key": ({"key": randn(3, 2, 2, 15)}, "key: .*15"),
     "shape of value": ({"value": randn(3, 2, 3, 24)}, "value: .*3, 2, 3, 24"),
     "table rank": ({"block_table": ints(1, 2, 3)}, "block_table: expected shape"),
@@ -321,7 +354,12 @@ BAD = {
     "no room": ({"cache_seqlens": ints(5, 0, 47)}, "cache_seqlens"),
     "length below 0": ({"cache_seqlens": ints(5, -1, 3)}, "cache_seqlens"),
     "length beyond": ({"cache_seqlens": ints(5, 49, 3)}, "cache_seqlens"),
-    "no room in the pages": ({"paged": True, "cache_seqlens": ints(5, 0, 47)}, "cache_seqlens"),
+    "no room in the pages": (
+        {"paged": True, "cache_seqlens": ints(5, 0, 47)},
+        "cache_seqlens: .*block_table's 48",
+    ),
+    "leftpad below 0": ({"cache_leftpad": ints(0, -1, 0)}, "cache_leftpad: .*-1 for sequence 1"),
+    "leftpad beyond": ({"cache_leftpad": ints(0, 3, 0)}, "cache_leftpad: .*2 keys, got 3"),
     "block below 0": (
         {
             "paged": True,

@@ -50,7 +50,7 @@ class Case:
             caches = (meta(900, self.kv_heads, 64, d) for d in (self.head_dim, value_dim))
             lengths, table = meta(batch, dtype=torch.int32), meta(batch, 99, dtype=torch.int32)
             rotary = meta(8192, self.head_dim // 2), meta(8192, self.head_dim // 2), False
-            new = (key, value, lengths, table)
+            new = (key, value, lengths, None, table)
             attention_decode.decode(query, *caches, *new, *rotary, slopes, sinks, *options, 0)
             return
         options = (*options, False, self.dropout_p)
@@ -81,7 +81,7 @@ class Case:
 
 
 CAUSAL = (-1, 0)
-BF16, FP16 = torch.bfloat16, torch.float16
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 CASES = {
     "128": Case(),
     "128 causal": Case(window=CAUSAL),
@@ -92,7 +92,12 @@ CASES = {
     "128 bias, dropout": Case(bias=BF16, dropout_p=0.1),
     "64 float16 bool bias, ALiBi": Case(64, dtype=FP16, bias=torch.bool, alibi=True),
     "111, value 59, causal": Case(111, 59, window=CAUSAL),
-    "64 float32 causal": Case(64, dtype=torch.float32, window=CAUSAL),
+    "256 float32 causal": Case(256, dtype=FP32, window=CAUSAL),
+    "128 float32 bias, dropout": Case(dtype=FP32, bias=FP32, dropout_p=0.1),
+    "64 float32 soft cap, window, sinks": Case(
+        64, dtype=FP32, softcap=30.0, window=(256, 0), sinks=True
+    ),
+    "256 float32 decode": Case(256, heads=32, kv_heads=8, seqlen_q=1, dtype=FP32, decode=True),
     "one key": Case(64, heads=1, kv_heads=1, seqlen_q=1, seqlen_k=1, window=(1, 1)),
     "128 decode, paged": Case(heads=32, kv_heads=8, seqlen_q=1, window=CAUSAL, decode=True),
 }
@@ -127,13 +132,26 @@ MORE = {
     "32 dropout": Case(32, dropout_p=0.1),
     "192, value 128, causal": Case(192, 128, window=CAUSAL),
     "40 queries": Case(seqlen_q=40, window=CAUSAL),
-    "64 float32": Case(64, dtype=torch.float32),
+    "64 float32 causal": Case(64, dtype=FP32, window=CAUSAL),
+    "128 float32 causal": Case(dtype=FP32, window=CAUSAL),
+    "16 float32 bias, dropout": Case(16, dtype=FP32, bias=FP32, dropout_p=0.1),
+    "64 float32 bias, dropout": Case(64, dtype=FP32, bias=FP32, dropout_p=0.1),
+    "256 float32 bias, dropout": Case(256, dtype=FP32, bias=FP32, dropout_p=0.1),
+    "128 float32 packed, grouped, window": Case(
+        dtype=FP32, kv_heads=4, window=(256, 0), varlen=True
+    ),
+    "111 float32, value 59, packed": Case(111, 59, dtype=FP32, kv_heads=4, varlen=True),
+    "256 float32 soft cap, window, sinks": Case(
+        256, dtype=FP32, softcap=30.0, window=(256, 0), sinks=True
+    ),
+    "128 float32 ALiBi, causal": Case(dtype=FP32, alibi=True, window=CAUSAL),
+    "128 float32 decode": Case(heads=32, kv_heads=8, seqlen_q=1, dtype=FP32, decode=True),
     "256 decode": Case(256, heads=32, kv_heads=8, seqlen_q=2, decode=True),
 }
 # On 80 all loads are by pointers.
-ELSEWHERE = ("128 causal", "128 decode, paged")
-# float32's backward spills, and its tiles are too small for wgmma: see the documentation.
-FORWARD_ONLY = ("one key", "64 float32 causal", "64 float32", "128 decode, paged", "256 decode")
+FLOAT32 = tuple(name for name, case in (CASES | MORE).items() if case.dtype is FP32)
+ELSEWHERE = ("128 causal", "128 decode, paged", *FLOAT32)
+FORWARD_ONLY = ("one key", *(name for name, case in (CASES | MORE).items() if case.decode))
 
 # What their backward adds to the other gated cases' is left to the table.
 GATED_FORWARD_ONLY = ("64 causal", "128 soft cap, window, sinks")

@@ -11,14 +11,16 @@ from attention_checks import (  # noqa: E402  (Triton is here)
     BF16,
     CASES,
     CAUSAL,
-    DECODE_CASES,
     FP16,
     FP32,
     Case,
-    DecodeCase,
     check,
-    check_decode,
     check_varlen,
+)
+from attention_decode_checks import (  # noqa: E402
+    DECODE_CASES,
+    DecodeCase,
+    check_decode,
 )
 from pyops.triton_kernels import attention_call, common  # noqa: E402
 

@@ -11,12 +11,14 @@ from attention_checks import (  # noqa: E402  (Triton is here)
     BF16,
     CASES,
     CAUSAL,
-    DECODE_CASES,
     FP16,
     Case,
     check,
-    check_decode,
     check_varlen,
+)
+from attention_decode_checks import (  # noqa: E402
+    DECODE_CASES,
+    check_decode,
 )
 from conv_pool_checks import surrounded  # noqa: E402
 from pyops.triton_kernels import (  # noqa: E402
