@@ -97,7 +97,7 @@ class Convolution {
         out_blocks(p.out_channels / kOutBlock) {
     // The activation's gradient is told by the sign of the output. Where it sees zeros only and the
     // affine map adds nothing, the transforms' rounding must not decide that.
-    const OutputActivation activation = p.epilogue.activation;
+    const OutputActivation activation = p.epilogue.function.activation;
     marks_blank = false;
     if (activation == OutputActivation::kRelu || activation == OutputActivation::kLeakyRelu) {
       for (int64_t k = 0; k < p.out_channels; ++k) {
