@@ -7,7 +7,7 @@ TORCH ?= torch==2.13.0
 TRITON ?= triton==3.6.0
 OUT ?= build/results
 BUDGET ?= 480
-BENCHES ?= conv_relu_pool attention lstm conv_transpose_act
+BENCHES ?= conv_relu_pool attention lstm conv_transpose_act linear_act
 
 CXX_FILES := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 SOURCES := setup.py $(shell find csrc -type f 2>/dev/null)

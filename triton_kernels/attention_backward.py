@@ -112,7 +112,8 @@ def _rows(call, flags, grad_output, grad_lse, output, lse) -> tuple[torch.Tensor
         }
         return (blocks * call.heads * call.batch,), arguments
 
-    block = 64 if flags.BLOCK_DV <= 128 else 32
+    wide = 32 if grad_output.itemsize == 2 else 16
+    block = 64 if flags.BLOCK_DV <= 128 else wide
     configs = [Config({"BLOCK_M": block}, num_warps=4, num_stages=1)]
     common.launch(attention_backward_rows_kernel, configs, (flags,), bind)
     return lse2, delta
