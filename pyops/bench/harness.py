@@ -6,6 +6,7 @@ import functools
 import os
 import platform
 import statistics
+import random
 import time
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
@@ -44,8 +45,9 @@ def time_interleaved(
 ) -> dict[Key, Timing]:
     """Times every candidate for about `seconds` in all.
 
-    On a CPU the candidates take turns, starting with another one each round, so that a
-    machine that slows down slows all of them alike. On a GPU each call is timed with device
+    On a CPU the candidates take turns in an order drawn anew each round, so that a machine that
+    slows down slows all of them alike, and none always finds what the same other one left in the
+    caches. On a GPU each call is timed with device
     events after a flush of the L2 cache, in three rounds over the candidates.
     """
     if device.type == "cuda":
@@ -61,10 +63,10 @@ def time_interleaved(
         calls_of_round += once * repeats[name]
     rounds = int(min(MAX_ROUNDS, max(MIN_ROUNDS, seconds / max(calls_of_round, 1e-6))))
     samples: dict[Key, list[float]] = {name: [] for name in candidates}
-    names = list(candidates)
-    for round_ in range(rounds):
-        shift = round_ % len(names)
-        for name in names[shift:] + names[:shift]:
+    order, names = random.Random(0), list(candidates)
+    for _ in range(rounds):
+        order.shuffle(names)
+        for name in names:
             fn, count = candidates[name], repeats[name]
             start = time.perf_counter()
             for _ in range(count):
