@@ -5,8 +5,8 @@ from __future__ import annotations
 import functools
 import os
 import platform
-import statistics
 import random
+import statistics
 import time
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
