@@ -75,6 +75,18 @@ def backend(value: Any) -> None:
         one_of("backend", value, backends.NAMES)
 
 
+def facts_of(tensor: torch.Tensor) -> tuple[Any, ...]:
+    """Everything of a tensor that checks and choices depend on; AttributeError where it is something else."""
+    return tensor.shape, tensor.dtype, tensor.device, tensor.layout
+
+
+def facts(tensors: tuple[Any, ...], required: int) -> tuple[Any, ...]:
+    """The facts of each; only those after the first `required` may be None."""
+    return tuple(
+        None if t is None and i >= required else facts_of(t) for i, t in enumerate(tensors)
+    )
+
+
 def floating_tensor(name: str, value: Any) -> None:
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")

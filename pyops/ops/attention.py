@@ -151,7 +151,7 @@ def _attention(
     backend: str | None,
 ) -> tuple[Tensor, Tensor]:
     try:
-        facts = checks.facts(tensors, 3)
+        facts = arguments.facts(tensors, 3)
     except (AttributeError, RuntimeError):  # not all of them are tensors, or one is nested
         _check_tensors(*tensors)
         raise
@@ -162,7 +162,7 @@ def _attention(
         if bias is not None and bias.dtype != torch.float32:
             bias = registration.autocast_to(dtype, bias)
         tensors = (query, key, value, bias, alibi_slopes, sinks)
-        facts = checks.facts(tensors, 3)
+        facts = arguments.facts(tensors, 3)
     wanted = (
         *(query.requires_grad, key.requires_grad, value.requires_grad),
         bias is not None and bias.requires_grad,

@@ -17,17 +17,6 @@ MOST_HEAD_DIM = 256  # of the kernels; the reference takes any
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def facts(tensors: tuple[Any, ...], required: int) -> tuple[Any, ...]:
-    """Everything of tensors that checks and choices depend on; AttributeError where one is something else.
-
-    Only those after the first `required` may be None.
-    """
-    return tuple(
-        None if t is None and i >= required else (t.shape, t.dtype, t.device, t.layout)
-        for i, t in enumerate(tensors)
-    )
-
-
 def check_tensors(**tensors: Tensor) -> None:
     """Floating tensors, each like the first."""
     first_name, first = next(iter(tensors.items()))

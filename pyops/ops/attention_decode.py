@@ -88,7 +88,7 @@ def attention_decode(
     )
     options = (rotary_interleaved, causal, scale, window, softcap, num_splits, return_lse)
     try:
-        facts = checks.facts(tensors, 3)
+        facts = arguments.facts(tensors, 3)
     except (AttributeError, RuntimeError):  # not all of them are tensors, or one is nested
         _check_tensors(*tensors)
         raise
@@ -97,7 +97,7 @@ def attention_decode(
         for i in (0, 3, 4):
             if tensors[i] is not None:
                 tensors = (*tensors[:i], tensors[i].to(key_cache.dtype), *tensors[i + 1 :])
-        facts = checks.facts(tensors, 3)
+        facts = arguments.facts(tensors, 3)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         raise RuntimeError("query: attention_decode has no gradient; call it under torch.no_grad()")
     if torch.compiler.is_compiling():

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..reference import attention_varlen as reference
 from ..reference.attention import AttentionSpec
+from . import _arguments as arguments
 from . import _registration as registration
 from . import attention_checks as checks
 from ._choice import Plans, settle
@@ -60,7 +61,7 @@ def attention_varlen(
     options = (causal, scale, window, softcap, dropout_p, return_lse, deterministic)
     tensors = (query, key, value, cu_seqlens_q, cu_seqlens_k, alibi_slopes, sinks)
     try:
-        facts = checks.facts(tensors, 5)
+        facts = arguments.facts(tensors, 5)
     except (AttributeError, RuntimeError):  # not all of them are tensors, or one is nested
         _check_tensors(*tensors)
         raise
@@ -68,7 +69,7 @@ def attention_varlen(
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = (registration.autocast_to(dtype, t) for t in (query, key, value))
         tensors = (query, key, value, *tensors[3:])
-        facts = checks.facts(tensors, 5)
+        facts = arguments.facts(tensors, 5)
     slopes_grad = alibi_slopes is not None and alibi_slopes.requires_grad
     needs_grad = torch.is_grad_enabled() and (
         (query.requires_grad or key.requires_grad or value.requires_grad or slopes_grad)

@@ -18,6 +18,7 @@ from ..reference import conv_relu_pool as reference
 from ..reference.conv_relu_pool import ConvPoolSpec, codes_fit, conv_extents, pool_extents
 from . import _arguments as arguments
 from . import _registration as registration
+from ._arguments import facts_of
 from ._choice import Plans, choose, settle
 from .conv_relu_pool_rules import EagerFunction
 
@@ -79,7 +80,7 @@ def conv_relu_pool2d(
     and Gray, 2016).
     """
     try:
-        facts = (_facts(input), _facts(weight), None if bias is None else _facts(bias))
+        facts = (facts_of(input), facts_of(weight), None if bias is None else facts_of(bias))
     except (AttributeError, RuntimeError):  # not all of them are tensors, or one is nested
         _check_tensors(input, weight, bias)
         raise
@@ -88,7 +89,7 @@ def conv_relu_pool2d(
         input = registration.autocast_to(dtype, input)
         weight = registration.autocast_to(dtype, weight)
         bias = None if bias is None else registration.autocast_to(dtype, bias)
-        facts = (_facts(input), _facts(weight), None if bias is None else _facts(bias))
+        facts = (facts_of(input), facts_of(weight), None if bias is None else facts_of(bias))
     options = (
         *(stride, padding, dilation, groups, activation, negative_slope),
         *(pool, pool_size, pool_stride, pool_padding, ceil_mode),
@@ -123,11 +124,6 @@ def conv_relu_pool2d(
         with torch._C._AutoDispatchBelowAutograd():
             output, _ = op(batched, weight, bias, *flat, False)
     return output if input.dim() == 4 else output.squeeze(0)
-
-
-def _facts(tensor: Tensor) -> tuple[Any, ...]:
-    """Everything of a tensor that checks and choices depend on."""
-    return tensor.shape, tensor.dtype, tensor.device, tensor.layout
 
 
 def _check_tensors(input: Any, weight: Any, bias: Any) -> None:

@@ -70,18 +70,14 @@ def conv_transpose2d_act(
     """
     tensors: tuple[Any, ...] = (input, weight, bias, scale, shift)
     try:
-        facts = tuple(
-            None if t is None else (t.shape, t.dtype, t.device, t.layout) for t in tensors
-        )
+        facts = arguments.facts(tensors, 2)
     except (AttributeError, RuntimeError):  # not all of them are tensors, or one is nested
         _check_tensors(tensors)
         raise
-    if input is not None and registration.autocasting(input.device):
+    if registration.autocasting(input.device):
         dtype = torch.get_autocast_dtype(input.device.type)
         tensors = tuple(None if t is None else registration.autocast_to(dtype, t) for t in tensors)
-        facts = tuple(
-            None if t is None else (t.shape, t.dtype, t.device, t.layout) for t in tensors
-        )
+        facts = arguments.facts(tensors, 2)
     options = (
         *(stride, padding, output_padding, dilation, groups, activation, negative_slope),
         backend,

@@ -54,18 +54,14 @@ def linear_act(
     """
     tensors: tuple[Any, ...] = (input, weight, bias)
     try:
-        facts = tuple(
-            None if t is None else (t.shape, t.dtype, t.device, t.layout) for t in tensors
-        )
+        facts = arguments.facts(tensors, 2)
     except (AttributeError, RuntimeError):  # not all of them are tensors, or one is nested
         _check_tensors(tensors)
         raise
-    if input is not None and registration.autocasting(input.device):
+    if registration.autocasting(input.device):
         dtype = torch.get_autocast_dtype(input.device.type)
         tensors = tuple(None if t is None else registration.autocast_to(dtype, t) for t in tensors)
-        facts = tuple(
-            None if t is None else (t.shape, t.dtype, t.device, t.layout) for t in tensors
-        )
+        facts = arguments.facts(tensors, 2)
     input, weight, bias = tensors
     needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     options = (activation, negative_slope, backend, needs_grad)

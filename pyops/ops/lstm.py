@@ -17,6 +17,7 @@ from ..reference import lstm as reference
 from ..reference.lstm import LSTMSpec, Variant
 from . import _registration as registration
 from . import lstm_checks as checks
+from ._arguments import facts_of
 from ._choice import Plans, choose, settle
 from .lstm_checks import Sizes
 from .lstm_rules import EagerFunction
@@ -92,9 +93,9 @@ def lstm(
                 h0, c0 = states
                 states = (registration.autocast_to(dtype, h0), registration.autocast_to(dtype, c0))
         facts = (
-            _facts(input),
-            None if states is None else tuple([_facts(s) for s in states]),
-            tuple([_facts(w) for w in weights]),
+            facts_of(input),
+            None if states is None else tuple([facts_of(s) for s in states]),
+            tuple([facts_of(w) for w in weights]),
         )
     except (
         AttributeError,
@@ -143,11 +144,6 @@ def lstm(
     if unbatched:
         return output.squeeze(1), (h.squeeze(1), c.squeeze(1))
     return output.transpose(0, 1) if batch_first and not packed else output, (h, c)
-
-
-def _facts(tensor: Tensor) -> tuple[Any, ...]:
-    """Everything of a tensor that checks and choices depend on."""
-    return tensor.shape, tensor.dtype, tensor.device, tensor.layout
 
 
 class _Plan(NamedTuple):
