@@ -104,7 +104,9 @@ class EagerFunction(torch.autograd.Function):
         tensors = (input, weight, bias, scale, shift)
         with torch._C._AutoDispatchBelowAutograd():
             output = op(*tensors, *spec)
-        _save_for_backward(ctx, (*tensors, *spec), output)
+        # Without an activation no derivative reads the output: as `.data` it may be changed in place.
+        kept = output.data if spec.activation == "none" else output
+        _save_for_backward(ctx, (*tensors, *spec), kept)
         ctx.backward_op = registration.backward_op_of(op)
         ctx.given = tuple(t is not None for t in tensors)
         return output

@@ -222,3 +222,13 @@ def test_training_step_with_a_gradient_penalty(penalty):
         scale = theirs.abs().max().item()
         assert scale > 0
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5 * scale)
+
+
+def test_an_output_without_activation_may_be_changed_in_place():
+    """As torch's may: y = block(x); y += skip."""
+    x, w = torch.randn(8, 32, 4, 4), torch.randn(32, 32, 4, 4, requires_grad=True)
+    out = pyops.conv_transpose2d_act(x, w, stride=2, padding=1, activation=None, backend="cpu")
+    out += 1
+    (ours,) = torch.autograd.grad(out.sum(), w)
+    plain = torch.nn.functional.conv_transpose2d(x, w, stride=2, padding=1)
+    torch.testing.assert_close(ours, torch.autograd.grad(plain.sum(), w)[0], rtol=1e-4, atol=1e-3)
