@@ -38,6 +38,9 @@ def optimize(model: nn.Module, *, backend: str | None = None) -> Report:
     or four dimensions) and runs the calls as they were written otherwise. torch.compile breaks its graph at
     any nn.LSTM unless torch._dynamo.config.allow_rnn is set; with it, the op is in the graph.
 
+    In training, the output of a fused activation must not be changed in place (`y = block(x); y += skip`):
+    autograd refuses it, also after a LeakyReLU, where plain torch would keep the input instead.
+
     A copy.deepcopy and the replicas of nn.DataParallel are optimised as well. A pickled model comes
     back plain, with its own methods on the instances: restore it before copying it any further. A
     copy.copy runs the forward of the model that it was copied from: restore first.
